@@ -1,0 +1,25 @@
+"""InternJAX: one tree of arrays through the whole InternLM chain.
+
+`load` gives a model by name or path, `pipeline` a function that answers. Importing this package
+imports neither JAX nor anything else that is slow.
+"""
+
+from typing import TYPE_CHECKING
+
+from internjax.version import __version__
+
+if TYPE_CHECKING:
+    from internjax.models.load import Model
+
+__all__ = ["__version__", "load", "pipeline"]
+
+
+def load(name_or_path: str, **options) -> "Model":
+    """Loads a model by its published name or from a path; see `internjax.models.load.load`."""
+    from internjax.models.load import load
+
+    return load(name_or_path, **options)
+
+
+def pipeline(name_or_path: str, **options):
+    raise NotImplementedError
