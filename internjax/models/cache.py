@@ -1,0 +1,91 @@
+"""The keys and values of past tokens: one array a layer, optionally int8 with a scale a token."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from internjax.models.config import ModelConfig
+from internjax.tree import Leaf
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (rotated) and values of every layer, rows of C positions.
+
+    Fields:
+      k, v: tuples of L arrays `[B, C, K, H]`; one array a layer, so that a donated buffer is
+        written in place (a stacked one is copied at every step on CPU).
+      k_scale, v_scale: tuples of L arrays `[B, C, K]` float32 when k and v are int8, else ().
+    """
+
+    k: tuple[Leaf, ...]
+    v: tuple[Leaf, ...]
+    k_scale: tuple[Leaf, ...]
+    v_scale: tuple[Leaf, ...]
+
+    @property
+    def length(self) -> int:
+        """C, the positions a row can hold."""
+        return self.k[0].shape[1]
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int, dtype="float32") -> KVCache:
+    """Makes an empty cache; `dtype` "int8" quantizes per token and head, symmetric to 127 steps."""
+    shape = (batch, length, cfg.num_kv_heads, cfg.head_dim)
+
+    def arrays(shape: tuple[int, ...], dtype) -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
+
+    scale = (lambda: arrays(shape[:3], jnp.float32)) if jnp.dtype(dtype) == jnp.int8 else tuple
+    return KVCache(arrays(shape, dtype), arrays(shape, dtype), scale(), scale())
+
+
+def quantize_rows(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
+    """Returns int8 values and a float32 scale a token and head: x ~ values * scale."""
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1).astype(jnp.float32) / 127.0, 1e-12)
+    values = jnp.round(x.astype(jnp.float32) / scale[..., None]).astype(jnp.int8)
+    return values, scale
+
+
+def write(store: Array, new: Array, start: Int[Array, " B"]) -> Array:
+    """Writes `new` `[B, T, ...]` into rows of `store` `[B, C, ...]` at each row's own `start`."""
+    if store.shape[0] == 1:  # a plain slice update stays in place; a batch of them is a scatter
+        return lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), start[0], axis=1)
+    B, T = new.shape[:2]
+    rows = jnp.arange(B)[:, None]
+    columns = start[:, None] + jnp.arange(T, dtype=start.dtype)[None, :]
+    return store.at[rows, columns].set(new.astype(store.dtype), mode="drop")
+
+
+def update_layer(
+    cache: KVCache, layer: int, k: Array, v: Array, start: Int[Array, " B"]
+) -> KVCache:
+    """Returns the cache with keys and values `[B, T, K, H]` of one layer written at `start`."""
+    if cache.k_scale:
+        k, k_scale = quantize_rows(k)
+        v, v_scale = quantize_rows(v)
+        cache = cache.replace(
+            k_scale=_set(cache.k_scale, layer, write(cache.k_scale[layer], k_scale, start)),
+            v_scale=_set(cache.v_scale, layer, write(cache.v_scale[layer], v_scale, start)),
+        )
+    return cache.replace(
+        k=_set(cache.k, layer, write(cache.k[layer], k, start)),
+        v=_set(cache.v, layer, write(cache.v[layer], v, start)),
+    )
+
+
+def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[Array, Array]:
+    """Returns the first `attend` keys and values `[B, attend, K, H]` of a layer in `dtype`."""
+    k, v = cache.k[layer][:, :attend], cache.v[layer][:, :attend]
+    if not cache.k_scale:
+        return k.astype(dtype), v.astype(dtype)
+    k_scale, v_scale = cache.k_scale[layer][:, :attend], cache.v_scale[layer][:, :attend]
+    return (
+        k.astype(dtype) * k_scale[..., None].astype(dtype),
+        v.astype(dtype) * v_scale[..., None].astype(dtype),
+    )
+
+
+def _set(items: tuple, index: int, value) -> tuple:
+    return (*items[:index], value, *items[index + 1 :])

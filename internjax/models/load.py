@@ -1,0 +1,60 @@
+"""`load`: a published name or a path becomes config, parameters, tokenizer and chat template."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from internjax import catalog
+from internjax.data.chat import ChatTemplate, template_for
+from internjax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from internjax.errors import Missing
+from internjax.models.config import ModelConfig
+from internjax.models.convert import read_model
+from internjax.tree import Params
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `load` gives and every stage takes.
+
+    Fields:
+      cfg: the shape; params: the tree on device; tokenizer and template: text in and out;
+      path: the file or folder it came from.
+    """
+
+    cfg: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    path: Path
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Finds a model: an existing path as it is, else a catalogue name, fetched when needed."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    models = [e.name for e in catalog.search("", kind="model")]
+    if name in models:
+        return catalog.get(name)
+    near = difflib.get_close_matches(name, models, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise Missing(f"no model {name!r}: neither a path nor one of {', '.join(models)}{hint}")
+
+
+def load(name_or_path: str | Path, *, dtype: str = "float32") -> Model:
+    """Loads a model of any format: Hugging Face folder, GGUF file or our own folder.
+
+    Args:
+      dtype: of the stored floating-point weights and of the computation.
+    """
+    path = resolve(name_or_path)
+    cfg, host = read_model(path, dtype=dtype)
+    tokenizer = load_tokenizer(path)
+    check_vocab(tokenizer, cfg.vocab_size)
+    params = jax.tree.map(jnp.asarray, host)
+    return Model(cfg, params, tokenizer, template_for(path), path)

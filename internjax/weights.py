@@ -1,0 +1,133 @@
+"""Kinds of weights and the one function that tells them apart.
+
+The model calls `einsum(spec, x, w)` and `take(w, ids)`; whether `w` is an array, carries a LoRA
+adapter or is quantized is decided here and nowhere else, so the model has no branch for either.
+"""
+
+import math
+
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from internjax.tree import Leaf
+
+
+@struct.dataclass
+class LoraWeight:
+    """A weight with a low-rank correction: x w + scale * (x a) b (arXiv:2106.09685).
+
+    Fields:
+      base: array or QuantWeight, `[..., in, out]`.
+      a: `[..., in, R]`; b: `[..., R, out]`; with in and out the dims of the einsum it serves.
+      scale: alpha / rank.
+    """
+
+    base: Leaf
+    a: Leaf
+    b: Leaf
+    scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class QuantWeight:
+    """Group-wise asymmetric 4-bit integers: w = (values - zeros) * scales.
+
+    The contracted dims are flattened to I, the others to O; groups of g follow each other in I.
+
+    Fields:
+      values: uint8 `[..., I/2, O]`; rows 2i and 2i+1 are the low and high nibble of byte row i.
+      scales: `[..., I/g, O]`; zeros: `[..., I/g, O]`, real numbers in units of a step.
+      in_shape, out_shape: natural shapes of I and O, for example (D,) and (N, H).
+    """
+
+    values: Leaf
+    scales: Leaf
+    zeros: Leaf
+    in_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+type Weight = Array | LoraWeight | QuantWeight
+
+
+def dequantize(w: QuantWeight, dtype) -> Array:
+    """Expands to a plain array `[..., *in_shape, *out_shape]` of `dtype`."""
+    *lead, half, out = w.values.shape
+    groups = w.scales.shape[-2]
+    nibbles = jnp.stack([w.values & 15, w.values >> 4], axis=-2)  # [..., I/2, 2, O]
+    steps = nibbles.reshape(*lead, groups, 2 * half // groups, out).astype(dtype)
+    zeros, scales = (z.astype(dtype)[..., None, :] for z in (w.zeros, w.scales))
+    return ((steps - zeros) * scales).reshape(*lead, *w.in_shape, *w.out_shape)
+
+
+def plain(w: Weight, dtype) -> Array:
+    """Returns any kind of weight as one array of `dtype`: adapters merged, integers expanded."""
+    if isinstance(w, QuantWeight):
+        return dequantize(w, dtype)
+    if isinstance(w, LoraWeight):
+        return plain(w.base, dtype) + lora_delta(w, dtype)
+    return w.astype(dtype)
+
+
+def lora_delta(w: LoraWeight, dtype) -> Array:
+    """Returns scale * a b, shaped as the base weight."""
+    lead = w.a.ndim - 1 - _num_in(w)
+    a = w.a.astype(dtype).reshape(*w.a.shape[:lead], -1, w.a.shape[-1])
+    b = w.b.astype(dtype).reshape(*w.b.shape[: lead + 1], -1)
+    shape = (*w.a.shape[:-1], *w.b.shape[lead + 1 :])
+    return (a @ b).reshape(shape) * jnp.asarray(w.scale, dtype)
+
+
+def _num_in(w: LoraWeight) -> int:
+    """Returns how many dims are contracted: total dims of base are lead + in + out."""
+    base_ndim = w.base.scales.ndim - 2 if isinstance(w.base, QuantWeight) else None
+    if base_ndim is not None:
+        return len(w.base.in_shape)
+    # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
+    lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
+    return w.a.ndim - 1 - lead
+
+
+def einsum(spec: str, x: Array, w: Weight, *, out: P | None = None, **kwargs) -> Array:
+    """Contracts activations with a weight of any kind, in the dtype of the activations.
+
+    Args:
+      spec: as in `jnp.einsum`, for example "BTD,DNH->BTNH"; the letters of `w` that the result
+        lacks are its input dims and must come first in it.
+      out: sharding of the result where a mesh is in use (needed when a sharded dim is contracted).
+    """
+    if isinstance(w, LoraWeight):
+        lhs, rhs, result = _split(spec)
+        inner = "".join(c for c in rhs if c not in result)
+        outer = "".join(c for c in rhs if c in result)
+        kept = "".join(c for c in lhs if c not in inner)
+        low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
+        delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
+        return einsum(spec, x, w.base, out=out, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
+    return jnp.einsum(spec, x, plain(w, x.dtype), out_sharding=out, **kwargs)
+
+
+def _split(spec: str) -> tuple[str, str, str]:
+    operands, result = spec.split("->")
+    lhs, rhs = operands.split(",")
+    return lhs, rhs, result
+
+
+def take(
+    w: Float[Array, "V D"], ids: Int[Array, "B T"], dtype, *, out: P | None = None
+) -> Float[Array, "B T D"]:
+    """Looks up rows of an embedding."""
+    if out is None:
+        return w[ids].astype(dtype)
+    return w.at[ids].get(out_sharding=out).astype(dtype)
+
+
+def num_weights(w: Weight) -> int:
+    """Counts the numbers that a weight stands for (adapters apart)."""
+    if isinstance(w, LoraWeight):
+        return num_weights(w.base)
+    if isinstance(w, QuantWeight):
+        return 2 * math.prod(w.values.shape)
+    return math.prod(w.shape)
