@@ -1,0 +1,1 @@
+"""Documents and chats become token ids: NumPy only, no JAX but in `loader`."""
