@@ -1,1 +1,1 @@
-"""Hydra files: one root a verb, groups beside them (arch/, data/, optim/, mesh/, tune/, eval/, serve/)."""
+"""Hydra files: one root a verb, and groups of choices beside them."""
