@@ -1,1 +1,1 @@
-
+"""What turns one parameter tree into another: adapters and quantization."""

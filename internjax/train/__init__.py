@@ -1,1 +1,1 @@
-
+"""Training: state, losses, optimizers, the step and the loop around it."""

@@ -1,0 +1,65 @@
+"""Checkpoints of any tree with Orbax: asynchronous, atomic, the newest n kept.
+
+A checkpoint that was being written when the process died is never listed, so never restored.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from internjax.errors import UserError
+
+
+class Checkpoints:
+    """A folder of checkpoints of one run. Use as a context manager: leaving it waits for writes."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Returns the newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any, notes: Mapping[str, Any]) -> None:
+        """Starts to write `tree` and small JSON `notes`; returns before they are on disk."""
+        args = ocp.args.Composite(
+            tree=ocp.args.StandardSave(tree), notes=ocp.args.JsonSave(dict(notes))
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, like: Any, *, expect: Mapping[str, Any]) -> tuple[int, Any]:
+        """Reads the newest checkpoint into the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          UserError: the run that wrote it had other settings than `expect`; names each of them.
+        """
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self.folder}: no whole checkpoint is there.")
+        notes = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
+        changed = {
+            key: (notes["notes"].get(key), value)
+            for key, value in expect.items()
+            if notes["notes"].get(key) != value
+        }
+        if changed:
+            told = "; ".join(f"{k}: was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+            raise UserError(
+                f"{self.folder}: step {step} was trained with other settings ({told});"
+                " resume with the old ones or start in a new folder."
+            )
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(shapes))
+        return step, self._manager.restore(step, args=args)["tree"]

@@ -1,0 +1,28 @@
+"""Everything that training changes, in one record."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from internjax.tree import Leaf, Params
+
+
+@struct.dataclass
+class TrainState:
+    """State of a run after `step` updates.
+
+    Fields:
+      step: updates done, int32 scalar.
+      params: what is trained: the whole model, or the adapter alone.
+      opt_state: optax's state for `params`.
+    """
+
+    step: Leaf
+    params: Params
+    opt_state: Leaf
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Starts a run at step 0; the optimizer state lies where its parameters lie."""
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
