@@ -149,8 +149,8 @@ class BpeEngine:
 class SentencePieceEngine:
     """A SentencePiece model; attributes as in `BpeEngine`.
 
-    Pieces that are markup (`[UNUSED_TOKEN_145]` is InternLM2's end of turn) are made control pieces,
-    which SentencePiece never finds in text.
+    Pieces that are markup (`[UNUSED_TOKEN_145]` is InternLM2's end of turn) are made control
+    pieces, which SentencePiece never finds in text.
     """
 
     file_name = "tokenizer.model"
@@ -169,8 +169,8 @@ class SentencePieceEngine:
         self.pieces = [_sentencepiece_bytes(each.piece) for each in proto.pieces]
         self.special = {}
         for index, each in enumerate(proto.pieces):
-            if each.type == kind.NORMAL and each.piece == "\0":
-                each.type = kind.UNUSED  # sentencepiece does so itself, with a warning on stderr
+            if each.piece == "\0":  # as a byte only: sentencepiece warns on stderr of such a piece
+                each.piece, each.type = "<NUL>", kind.UNUSED
             if each.type in (kind.CONTROL, kind.UNKNOWN) or (
                 each.type == kind.USER_DEFINED and is_markup(each.piece)
             ):
