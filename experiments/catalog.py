@@ -3,12 +3,12 @@
 `search` and `ls` list, `info` tells all about one entry, `get` brings it here, checksummed.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import hydra
-from internjax.experiments.config import build, nearest
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.filesize import decimal
@@ -26,6 +26,7 @@ from rich.table import Table
 from internjax import catalog
 from internjax.catalog import DIMENSIONS, KINDS, Entry
 from internjax.errors import UserError
+from internjax.experiments.config import build, nearest
 
 
 @dataclass(frozen=True)
@@ -162,5 +163,7 @@ def size_of(entry: Entry) -> str:
     return decimal(entry.size_bytes) if entry.files else "by hand"
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax catalog`
+    from internjax.cli import run
+
+    sys.exit(run(["catalog", *sys.argv[1:]]))

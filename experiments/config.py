@@ -20,10 +20,11 @@ from internjax.errors import UserError
 MISSING = "???"  # OmegaConf's mark of a key that has no default
 
 
-def build[T](cls: type[T], raw: Mapping[str, Any] | DictConfig, path: str = "") -> T:
+def build[T](cls: type[T], raw: Any, path: str = "") -> T:
     """Makes a `cls` of a mapping; lists become tuples, so the result can be hashed.
 
     Args:
+      raw: a mapping, or what Hydra composed.
       cls: a dataclass; fields may be scalars, other dataclasses, tuples, dicts, Literal, Enum,
         Path, and unions of these.
       path: dotted path of `raw` inside the whole config, for messages.

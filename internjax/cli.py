@@ -14,6 +14,8 @@ from pathlib import Path
 
 from internjax.errors import GateFailed, UserError
 
+EXPERIMENTS, CONFIGS = "internjax.experiments", "internjax.configs"
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -42,10 +44,10 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("bench", "serve"): Verb("bench", ("model",)),
     ("bench", "kernels"): Verb("bench"),
     ("convert", ""): Verb("convert", ("src", "dst")),
-    ("catalog", "ls"): Verb("catalog"),
+    ("catalog", "ls"): Verb("catalog", ("name", "prefix")),
     ("catalog", "search"): Verb("catalog", many="query"),
     ("catalog", "info"): Verb("catalog", ("name",)),
-    ("catalog", "get"): Verb("catalog", ("name",)),
+    ("catalog", "get"): Verb("catalog", ("name", "prefix")),
 }
 DEFAULT_ACTION = {"data": "run", "catalog": "ls"}
 
@@ -137,16 +139,16 @@ def _launch(module: str, overrides: list[str], flags: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if not (_experiments() / f"{module}.py").is_file():
+    if not (_folder(EXPERIMENTS) / f"{module}.py").is_file():
         raise UserError(f"`internjax {module}` is not in this version: see `internjax --help`.")
-    experiment = importlib.import_module(f"internjax.experiments.{module}")
+    experiment = importlib.import_module(f"{EXPERIMENTS}.{module}")
     try:
         if flags:
             os.environ["HYDRA_FULL_ERROR"] = "1"
             sys.argv = [f"internjax {module}", *flags, *QUIET, *overrides]
             experiment.main()
         else:
-            with initialize_config_module("internjax.configs", version_base=None):
+            with initialize_config_module(CONFIGS, version_base=None):
                 raw = compose(config_name=module, overrides=overrides)
             experiment.main(raw)
     except (HydraException, OmegaConfBaseException) as error:
@@ -181,9 +183,9 @@ def _legal_keys(module: str, overrides: list[str]) -> list[str]:
     from hydra import compose, initialize_config_module
     from omegaconf import DictConfig, OmegaConf
 
-    configs = Path(importlib.import_module("internjax.configs").__file__).parent
+    configs = _folder(CONFIGS)
     groups = [o for o in overrides if (configs / o.partition("=")[0].partition("@")[0]).is_dir()]
-    with initialize_config_module("internjax.configs", version_base=None):
+    with initialize_config_module(CONFIGS, version_base=None):
         config = compose(config_name=module, overrides=groups)
 
     def walk(node: DictConfig, prefix: str) -> list[str]:
@@ -244,7 +246,7 @@ def _overview() -> str:
     lines = ["internjax VERB [SUBVERB] [ARGUMENT...] [key=value...]", ""]
     for verb in _verbs():
         rows = [(action, line) for (v, action), line in VERBS.items() if v == verb]
-        path = _experiments() / f"{rows[0][1].module}.py"
+        path = _folder(EXPERIMENTS) / f"{rows[0][1].module}.py"
         summary = docstring(path).splitlines()[0] if path.is_file() else "(not in this version)"
         actions = "|".join(action for action, _ in rows if action)
         lines.append(f"  {f'{verb} {actions}'.strip():<28}{summary}")
@@ -255,10 +257,10 @@ def _overview() -> str:
 def _help(verb: str) -> str:
     from internjax.usage import describe, docstring
 
-    configs = Path(importlib.import_module("internjax.configs").__file__).parent
+    configs = _folder(CONFIGS)
     rows = [(action, row) for (v, action), row in VERBS.items() if v == verb]
     module = rows[0][1].module
-    path = _experiments() / f"{module}.py"
+    path = _folder(EXPERIMENTS) / f"{module}.py"
     usage = []
     for action, row in rows:
         words = [*row.words, *([f"{row.many}..."] if row.many else [])]
@@ -269,8 +271,8 @@ def _help(verb: str) -> str:
     return "\n".join([text, "", "Usage:", *usage, "", "Keys, as key=default:", keys])
 
 
-def _experiments() -> Path:
-    return Path(importlib.import_module("internjax.experiments").__file__).parent
+def _folder(package: str) -> Path:
+    return Path(importlib.import_module(package).__file__).parent
 
 
 def _one_line(error: BaseException) -> str:

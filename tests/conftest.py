@@ -17,8 +17,10 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Shapes in annotations are checked by beartype here, and cost nothing in production.
-install_import_hook("internjax", "beartype.beartype")
+# Annotations are checked here, and cost nothing in production; an int may stand for a float.
+install_import_hook(
+    "internjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax-tests"))
@@ -31,26 +33,30 @@ def mirror() -> Path:
     return Path(os.environ["INTERNJAX_MIRROR"])
 
 
-def _smollm2_gguf() -> Path | None:
-    given = os.environ.get("INTERNJAX_MODEL_GGUF")
-    if given:
-        return Path(given)
-    return None
-
-
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The SmolLM2-135M-Instruct GGUF: INTERNJAX_MODEL_GGUF, or the catalogue's cache."""
     path = _smollm2_gguf()
-    if path is None or not path.is_file():
-        pytest.skip("SmolLM2 weights are not here: `internjax catalog get smollm2-135m-instruct`")
+    assert path is not None, "mark the test needs_model: it is skipped where the weights are not"
     return path
+
+
+def _smollm2_gguf() -> Path | None:
+    given = os.environ.get("INTERNJAX_MODEL_GGUF")
+    cache = Path(os.environ.get("INTERNJAX_CACHE") or Path.home() / ".cache" / "internjax")
+    fetched = sorted((cache / "smollm2-135m-instruct").glob("*.gguf"))
+    paths = [Path(given)] if given else fetched
+    return paths[0] if paths and paths[0].is_file() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mirror = os.environ.get("INTERNJAX_MIRROR")
+    absent = {}
     if not (mirror and Path(mirror).is_dir()):
-        skip = pytest.mark.skip(reason="INTERNJAX_MIRROR names no folder of real files")
-        for item in items:
-            if item.get_closest_marker("needs_mirror"):
-                item.add_marker(skip)
+        absent["needs_mirror"] = "INTERNJAX_MIRROR names no folder of real files"
+    if _smollm2_gguf() is None:
+        absent["needs_model"] = "no weights here: internjax catalog get smollm2-135m-instruct"
+    for item in items:
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

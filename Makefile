@@ -1,0 +1,84 @@
+# Two commands do everything: `make quickstart` and `make test`. See README.md.
+# Each step that takes time leaves a stamp in .stamps/ and is skipped while its inputs are unchanged.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV   := .venv
+PEERS  := .venv-peers
+PY     := $(VENV)/bin/python
+STAMPS := .stamps
+MODEL  := smollm2-135m-instruct
+
+# pip-compile leaves out what belongs to one machine: index hosts, links, paths.
+COMPILE := $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+           --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+           --no-emit-options pyproject.toml requirements/build.in
+
+.PHONY: help quickstart chain test test-deep lint lock peers clean
+
+help: ## says what there is to make
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(STAMPS)/model ## installs, fetches the model, runs the whole chain
+	@echo "== The chain: from raw documents to a served, tool-using model"
+	@$(VENV)/bin/internjax chain
+
+test: $(STAMPS)/dev ## the test suite (laws, formats, stages); slow laws are in test-deep
+	@echo "== Tests"
+	@$(PY) -m pytest -q
+
+test-deep: $(STAMPS)/dev ## every test, the slow laws too
+	@echo "== All tests, the slow ones too"
+	@$(PY) -m pytest -q -m ""
+
+lint: $(STAMPS)/dev ## ruff: rules and formatting
+	@echo "== Lint"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
+	@echo "== Locks: resolving core, quickstart, dev (with the hashes of every platform's files)"
+	@$(COMPILE) -o requirements/core.txt
+	@$(COMPILE) --extra quickstart -c requirements/core.txt -o requirements/quickstart.txt
+	@$(COMPILE) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
+
+peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
+
+clean: ## removes what was built here: environments, caches, stamps (not runs/ and not the models)
+	@echo "== Removing $(VENV), $(PEERS), $(STAMPS), .cache and build leftovers"
+	@rm -rf $(VENV) $(PEERS) $(STAMPS) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS):
+	@mkdir -p $@
+
+# A Python 3.12 or newer: what .python-version picks under pyenv or uv, else what the PATH has.
+$(PY):
+	@echo "== Environment: $(VENV)"
+	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv $(VENV)
+
+$(STAMPS)/quickstart: requirements/quickstart.txt pyproject.toml $(PY) | $(STAMPS)
+	@echo "== Packages: requirements/quickstart.txt (hashes checked), then internjax itself"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/quickstart.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/dev: requirements/dev.txt pyproject.toml $(PY) | $(STAMPS)
+	@echo "== Packages: requirements/dev.txt (hashes checked), then internjax itself"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/model: $(STAMPS)/quickstart
+	@echo "== Model: $(MODEL)"
+	@$(VENV)/bin/internjax catalog get $(MODEL)
+	@touch $@
+
+$(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)
+	@echo "== Peers: $(PEERS)"
+	@python="$$(bash tools/find_python.sh 3.11 3.11)"; echo "   with $$python"; "$$python" -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/reference/requirements.txt
+	@touch $@
