@@ -1,0 +1,132 @@
+"""Any model format into any other: Hugging Face folder, GGUF file, our own folder.
+
+`read_model` is what `load` uses; `convert` is `internjax convert SRC DST`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from internjax.data.tokenizer import load_tokenizer
+from internjax.errors import Missing, UserError
+from internjax.models.config import FAMILIES, ModelConfig
+from internjax.models.folders import carried_files
+from internjax.models.gguf import load_gguf
+from internjax.models.gguf_file import open_gguf
+from internjax.models.hf import load_hf, read_hf_config, save_hf
+from internjax.models.native import load_native, read_upstream, save_native
+from internjax.models.safetensors_file import SHARD_BYTES
+from internjax.tree import Params
+
+FORMATS = ("hf", "gguf", "native")
+DTYPES = ("float32", "float16", "bfloat16")
+_LOADERS = {"hf": load_hf, "gguf": load_gguf, "native": load_native}
+
+
+def detect(path: str | Path) -> str:
+    """Tells a model's format from its content: "hf", "gguf" or "native".
+
+    Raises: Missing when nothing is there, UserError when it is no model that we read.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    if (path / "model.json").is_file():
+        return "native"
+    if (path / "config.json").is_file():
+        return "hf"
+    if not path.exists():
+        raise Missing(f"{path}: no such file or folder.")
+    raise UserError(
+        f"{path}: is no model; legal are a .gguf file, a folder with config.json (Hugging Face)"
+        " or one with model.json (ours)."
+    )
+
+
+def read_model(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, Params]:
+    """Reads a model of any format into NumPy arrays; `dtype` None keeps what is stored."""
+    path = model_path(path)
+    return _LOADERS[detect(path)](path, dtype)
+
+
+def model_path(path: str | Path) -> Path:
+    """Returns the GGUF inside a folder that holds one and no other model; else the path itself."""
+    path = Path(path)
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    named = any((path / name).is_file() for name in ("config.json", "model.json"))
+    if len(inside) > 1 and not named:
+        raise UserError(f"{path}: holds {len(inside)} GGUF files; name one: {inside[0].name} ...")
+    return inside[0] if inside and not named else path
+
+
+def target_format(src_format: str, dst: str | Path) -> str:
+    """The format that a target's name asks for: `.gguf`, else the folder that the source is not."""
+    if Path(dst).suffix == ".gguf":
+        return "gguf"
+    return "native" if src_format == "hf" else "hf"
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str = "",
+    dtype: str = "",
+    quant: str = "",
+    family: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> ModelConfig:
+    """Converts a model; the target appears whole or not at all. Returns the model's config.
+
+    Args:
+      to: target format, one of `FORMATS`; "" lets the target's name decide (`target_format`).
+      dtype: float32, float16 or bfloat16 for all weights; "" keeps what is stored.
+      quant: of a GGUF, one of `gguf_export.QUANTS`; "" takes the plain one that holds the dtype.
+      family: layout of a Hugging Face folder: "llama" writes any InternLM so that transformers
+        reads it without remote code; "" keeps the model's own.
+      shard_bytes: upper bound of a safetensors shard.
+
+    Raises: Missing, Corrupt, UserError.
+    """
+    src = model_path(src)
+    source = detect(src)
+    target = to or target_format(source, dst)
+    legal = {"to": (target, FORMATS), "family": (family or FAMILIES[0], FAMILIES)}
+    for name, (value, names) in (legal | {"dtype": (dtype or DTYPES[0], DTYPES)}).items():
+        if value not in names:
+            raise UserError(f"{name}={value!r}; legal are {', '.join(names)}.")
+    model, params = read_model(src, dtype=dtype or None)
+    if family:
+        model = dataclasses.replace(model, family=family)
+    if target == "gguf":
+        _to_gguf(src, source, dst, model, params, quant)
+    else:
+        save = {"hf": save_hf, "native": save_native}[target]
+        tokenizer = _tokenizer(src, source)
+        upstream = _upstream(src, source)
+        save(dst, model, params, tokenizer, shard_bytes=shard_bytes, upstream=upstream)
+    return model
+
+
+def _to_gguf(src, source, dst, model: ModelConfig, params: Params, quant: str) -> None:
+    from internjax.models.gguf_export import save_gguf
+    from internjax.models.gguf_tokenizer import metadata_of
+
+    if source == "gguf":
+        metadata = {k: v for k, v in open_gguf(src).metadata.items() if k.startswith("tokenizer.")}
+    else:
+        metadata = metadata_of(src, model.vocab_size) if carried_files(src) else {}
+    dtype = str(params["embed"].dtype)
+    plain = {"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32")
+    save_gguf(dst, model, params, metadata, quant=quant or plain)
+
+
+def _tokenizer(src: Path, source: str) -> Any:
+    if source != "gguf":
+        return src
+    has_tokenizer = "tokenizer.ggml.model" in open_gguf(src).metadata
+    return load_tokenizer(src) if has_tokenizer else None
+
+
+def _upstream(src: Path, source: str) -> dict[str, Any]:
+    return {"hf": read_hf_config, "native": read_upstream, "gguf": lambda _: {}}[source](src)

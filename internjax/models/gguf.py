@@ -1,0 +1,142 @@
+"""GGUF models in and out: metadata <-> ModelConfig, tensors <-> our tree.
+
+Files of ours carry one extra key, `internjax.config`: GGUF has no word for some of what a
+ModelConfig says (dynamic rope, the family behind architecture "llama").
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internjax.errors import Corrupt, UserError
+from internjax.models import rope
+from internjax.models.config import ModelConfig, RopeConfig
+from internjax.models.gguf_file import GgufFile, open_gguf
+from internjax.models.layouts import gguf_layout, read_params
+from internjax.models.native import config_from_json
+from internjax.tree import Params
+
+# architecture -> are the rows of q and k interleaved for the rotation?
+ARCHITECTURES = {"llama": True, "internlm2": True, "qwen2": False, "qwen3": False}
+OWN_KEY = "internjax.config"
+
+
+def load_gguf(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
+    """Reads a GGUF model: quantized tensors are dequantized, q and k rows put back half-split.
+
+    Args:
+      dtype: of the returned NumPy arrays; None gives what the model had before its export where
+        the file holds that without loss, else plain tensors as stored and float32 for the others.
+
+    Raises: Missing, Corrupt; UserError for an architecture that the decoder does not have.
+    """
+    file = open_gguf(path)
+    cfg = config_from_gguf(file)
+    dtype = dtype or json.loads(file.metadata.get(OWN_KEY, "{}")).get("stored_dtype")
+    params = read_params(
+        gguf_layout(ARCHITECTURES[file.metadata["general.architecture"]]),
+        cfg,
+        {name: t.dtype for name, t in file.tensors.items()},
+        file.read,
+        where=str(path),
+        dtype=None if dtype is None else np.dtype(dtype),
+        ignore=lambda name: name == "rope_freqs.weight",  # read by _llama3
+    )
+    return cfg, params
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Reads the model's shape from a GGUF header; biases and norms from the tensors there are."""
+    meta, names = file.metadata, file.tensors
+    arch = meta.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UserError(
+            f"{file.path}: architecture {arch!r}; legal are {', '.join(ARCHITECTURES)}."
+        )
+    if OWN_KEY in meta:
+        return config_from_json(json.loads(meta[OWN_KEY])["config"], where=str(file.path))
+    if "token_embd.weight" not in names:
+        raise Corrupt(f"{file.path}: holds no token_embd.weight, so it is no language model.")
+
+    def get(key: str, default=None):
+        value = meta.get(f"{arch}.{key}", default)
+        if value is None:
+            raise Corrupt(f"{file.path}: metadata lacks {arch}.{key}.")
+        return value
+
+    d_model, num_heads = get("embedding_length"), get("attention.head_count")
+    cfg = ModelConfig(
+        name=meta.get("general.name", file.path.stem),
+        family=_family(meta, names),
+        num_layers=get("block_count"),
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
+        head_dim=get("attention.key_length", d_model // num_heads),
+        d_ff=get("feed_forward_length"),
+        vocab_size=names["token_embd.weight"].shape[0],
+        max_context=get("context_length"),
+        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
+        rope=_rope(get, file),
+        qkv_bias="blk.0.attn_q.bias" in names,
+        output_bias="blk.0.attn_output.bias" in names,
+        qk_norm="blk.0.attn_q_norm.weight" in names,
+        tie_embeddings="output.weight" not in names,
+    )
+    if "rope_freqs.weight" in names:
+        return dataclasses.replace(cfg, rope=_llama3(cfg, file))
+    return cfg
+
+
+def _family(meta, names) -> str:
+    arch = meta["general.architecture"]
+    if arch != "llama":
+        return arch
+    if "smollm2" in f"{meta.get('general.basename', '')} {meta.get('general.name', '')}".lower():
+        return "smollm2"
+    return "internlm" if "blk.0.attn_output.bias" in names else "llama"
+
+
+def _rope(get, file: GgufFile) -> RopeConfig:
+    kind = get("rope.scaling.type", "none")
+    theta = _shortest(get("rope.freq_base", 10000.0))
+    if kind == "none":
+        return RopeConfig(theta=theta)
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{file.path}: rope scaling {kind!r}; legal are none, linear, yarn.")
+    factor = _shortest(get("rope.scaling.factor"))
+    context = get("rope.scaling.original_context_length", 0)
+    return RopeConfig(kind=kind, theta=theta, factor=factor, original_context=context)
+
+
+def _llama3(cfg: ModelConfig, file: GgufFile) -> RopeConfig:
+    """Finds Llama 3's scaling behind `rope_freqs.weight`, which holds only what it comes to.
+
+    Published Llama 3.x models share the band limits 1 and 4 and the context 8192; the factor is
+    the largest entry. Another rule than theirs is refused rather than approximated.
+    """
+    stretch = file.read("rope_freqs.weight").astype(np.float64)
+    guess = dataclasses.replace(
+        cfg.rope, kind="llama3", factor=_shortest(stretch.max()), original_context=8192
+    )
+    ours = rope_stretch(dataclasses.replace(cfg, rope=guess))
+    if stretch.shape != ours.shape or not np.allclose(stretch, ours, rtol=1e-5):
+        raise UserError(
+            f"{file.path}: rope_freqs.weight follows no rule of the Llama 3 line; import the"
+            " model from its Hugging Face folder."
+        )
+    return guess
+
+
+def rope_stretch(cfg: ModelConfig) -> np.ndarray:
+    """Returns by how much each of the [H/2] frequencies is slowed, as GGUF stores it."""
+    plain = dataclasses.replace(cfg, rope=RopeConfig(theta=cfg.rope.theta))
+    return rope.inv_freq(plain) / rope.inv_freq(cfg)
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05, where the nearest double is 9.99999974e-06."""
+    return float(str(np.float32(value)))
