@@ -51,6 +51,9 @@ def encode_chat(
     """Returns ids and loss mask: 1 on each assistant answer and the token that ends it, else 0.
 
     Text is cut where an answer begins, so the ids before it are those of the prompt at generation.
+
+    Raises:
+        UserError: a message is malformed, or a Jinja template hides where an answer stands.
     """
     protect = _protector(tokenizer)
     pieces = template.pieces(
@@ -59,9 +62,15 @@ def encode_chat(
     ids: list[int] = []
     mask: list[int] = []
     for text, trained in _joined(pieces):
+        if trained is None and not add_generation_prompt:
+            raise UserError(
+                f"The chat template {template.name} rewrites answers when more follows, so it "
+                "cannot be told which ids to train: name a template instead, one of "
+                f"{', '.join(TEMPLATES)}."
+            )
         new = _encode_piece(tokenizer, text, ids)
         ids += new
-        mask += [int(trained)] * len(new)
+        mask += [int(trained or 0)] * len(new)
     return ids, mask
 
 
@@ -154,11 +163,8 @@ def _differences(
             continue
         before, after = text_of(messages[:index], True), text_of(messages[: index + 1], False)
         if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f"This chat template writes message {index} differently when others follow, so its "
-                "answer cannot be marked: train on chats that end with their only answer, or name "
-                f"a template: {', '.join(TEMPLATES)}."
-            )
+            yield text[at:], None  # it rewrites earlier turns, as many reasoning models' do
+            return
         answer = after[len(before) :]
         stops = [answer.rfind(end) + len(end) for end in ends if end in answer]
         stop = len(before) + max(stops, default=len(answer))

@@ -13,7 +13,8 @@ from sentencepiece import sentencepiece_model_pb2 as spm_proto
 from internjax.data.tokenizer_engines import BpeEngine, SentencePieceEngine
 from internjax.errors import Corrupt, UserError
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type, as in SentencePiece
+# tokenizer.ggml.token_type, numbered as in SentencePiece.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT4 = (
@@ -22,6 +23,7 @@ _GPT4 = (
 )
 _LLAMA3 = _GPT4.replace("DIGITS", "{1,3}")
 _QWEN2 = _GPT4.replace("DIGITS", "")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
 _DIGIT = r"\p{N}"
 
 # Name -> the patterns applied one after another; each splits what the ones before left whole.
@@ -31,6 +33,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = (
     | dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"], (_LLAMA3,))
     | dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"], (_QWEN2,))
     | {
+        "qwen35": (_QWEN35,),
+        "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
         # What llama.cpp does where a file names nothing better.
         "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     }
@@ -128,7 +132,10 @@ def _sentencepiece(
     if scores is None or len(scores) != len(tokens):
         raise Corrupt("The GGUF file has a llama vocabulary without one score for each token.")
     proto = spm_proto.ModelProto()
-    for text, score, kind in zip(tokens, scores, types, strict=True):
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    for index, (text, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+        if kind == _UNKNOWN and index != unknown:  # SentencePiece wants one; files mark several
+            kind = _CONTROL
         proto.pieces.add(piece=text, score=float(score), type=kind)
     proto.trainer_spec.model_type = spm_proto.TrainerSpec.BPE
     proto.trainer_spec.vocab_size = len(tokens)

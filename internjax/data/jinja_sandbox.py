@@ -8,6 +8,7 @@ What templates may use is what Hugging Face `transformers` gives them: `raise_ex
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -123,10 +124,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(function, "__self__", None)
         return _sized(super().call, owner)(context, function, *args, **kwargs)
 
-    def wrap_str_format(self, value: Any) -> None:
-        # str.format and format_map can pad to any width by their pattern alone.
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("str.format is closed to templates")
+    def wrap_str_format(self, value: Any) -> Callable | None:
+        wrapped = super().wrap_str_format(value)
+        # A pattern alone, or a width taken from an argument, can pad to any length.
+        if wrapped is not None and re.search(r"\d{4}|:[^}]*\{", value.__self__):
+            raise SecurityError("this pattern of str.format is closed to templates")
+        return wrapped
 
 
 def _with_counted_loops(environment: _Sandbox, source: str) -> nodes.Template:

@@ -3,6 +3,7 @@ them in text. Knows nothing of engines or files.
 """
 
 import re
+from collections.abc import Set
 
 # Ids that InternLM2 and 2.5 keep for chat: the `.model` calls them [UNUSED_TOKEN_n], the released
 # `tokenizer_config.json` gives them these names (InternLM2 technical report, arXiv:2403.17297).
@@ -45,7 +46,7 @@ def is_markup(text: str) -> bool:
 class Splitter:
     """Cuts text at special tokens: the longest of those starting at the leftmost place wins."""
 
-    def __init__(self, ids: dict[str, int], eats_left: set[str], eats_right: set[str]):
+    def __init__(self, ids: dict[str, int], eats_left: Set[str], eats_right: Set[str]):
         """Markers in `eats_left` (`eats_right`) swallow the blanks before (after) them."""
         names = sorted(ids, key=len, reverse=True)
         self._ids = [ids[name] for name in names]

@@ -1,7 +1,8 @@
 """The chat formats of published models, written as functions from messages to pieces of text.
 
 A piece is `(text, trained)`: `trained` marks what the model itself writes, its answer and the token
-that ends it. Knows nothing of tokens; a stranger's Jinja template is `data.jinja_sandbox`.
+that ends it; None where that cannot be told. Knows nothing of tokens; a stranger's Jinja template
+is run by `data.jinja_sandbox`.
 """
 
 import json
@@ -14,7 +15,7 @@ from internjax.errors import UserError
 Message = dict[str, Any]
 """{"role", "content"} and where they apply "name", "tool_calls", "tool_call_id" (OpenAI's form)."""
 
-Piece = tuple[str, bool]
+Piece = tuple[str, bool | None]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class ChatTemplate:
 
 # The system text that the InternLM chat models were released with.
 _INTERNLM_SYSTEM = """You are an AI assistant whose name is InternLM (书生·浦语).
-- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory \
-(上海人工智能实验室). It is designed to be helpful, honest, and harmless.
-- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such \
-as English and 中文."""
+- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI \
+Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.
+- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the \
+user such as English and 中文."""
 _SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _QWEN2_SYSTEM = "You are a helpful assistant."
 _QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -93,7 +94,7 @@ def _internlm_v1_0(messages: list[Message], prompt: bool, tools: list | None) ->
             yield "\n", False
         elif content:
             raise UserError(
-                f"The template internlm-v1.0 has no {role} turn; v1.1 has a system turn."
+                f"The template internlm-v1.0 has no {role} turn; v1.1 has a system one."
             )
     if prompt:
         yield "<|Bot|>:", False
@@ -119,8 +120,8 @@ def _internlm_v1_1(messages: list[Message], prompt: bool, tools: list | None) ->
 
 
 def _internlm2(messages: list[Message], prompt: bool, tools: list | None) -> Iterator[Piece]:
-    """Turns of arXiv:2403.17297 and InternLM's chat format page: tools are system turns with a name,
-    their results environment turns with the same name."""
+    """Turns as in arXiv:2403.17297 and InternLM's chat format page: tools are system turns with a
+    name, their results environment turns with the same name."""
     yield "<s>", False
     system, messages = split_system(messages, _INTERNLM_SYSTEM)
     if system:
@@ -217,9 +218,7 @@ def _tool_response(messages: list[Message], index: int) -> Iterator[Piece]:
 def _llama3(messages: list[Message], prompt: bool, tools: list | None) -> Iterator[Piece]:
     """Llama 3's turns (its model card); tools of 3.1 and later come with the checkpoint's Jinja."""
     if tools:
-        raise UserError(
-            "The template llama3 lists no tools: use the checkpoint's own (template=jinja)."
-        )
+        raise UserError("The template llama3 lists no tools: use the one in the checkpoint.")
     yield "<|begin_of_text|>", False
     system, messages = split_system(messages, "")
     turns = [{"role": "system", "content": system}, *messages] if system else messages

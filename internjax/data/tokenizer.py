@@ -16,7 +16,7 @@ from typing import Any
 
 from internjax.data.gguf_metadata import read_metadata
 from internjax.data.gguf_vocabulary import engine_from_metadata
-from internjax.data.special_tokens import END_OF_TURN, INTERNLM2, Splitter
+from internjax.data.special_tokens import END_OF_TURN, INTERNLM2, Splitter, is_markup
 from internjax.data.tokenizer_engines import BpeEngine, SentencePieceEngine
 from internjax.errors import Corrupt, Missing, UserError
 
@@ -218,7 +218,10 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _read_engine(path: Path) -> BpeEngine | SentencePieceEngine:
     if path.suffix == ".json":
-        return BpeEngine(_read_json(path))
+        try:
+            return BpeEngine(_read_json(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(f"{path} is no tokenizer.json of Hugging Face: {error!r}.") from error
     if path.suffix == ".model":
         return SentencePieceEngine(path.read_bytes())
     raise UserError(f"{path} is no tokenizer: .model, .json and .gguf files are read.")
@@ -240,9 +243,23 @@ def _load_folder(folder: Path) -> Tokenizer:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         config = config | {"chat_template": jinja.read_text(encoding="utf-8")}
-    decoder = config.get("added_tokens_decoder") or {}
-    named = {entry["content"]: int(index) for index, entry in decoder.items()}
-    return _assemble(_read_engine(present[0]), config | {"named": added | named}, generation)
+    engine = _read_engine(present[0])
+    return _assemble(engine, config | {"named": added | _named_in(config, folder)}, generation)
+
+
+def _named_in(config: dict[str, Any], folder: Path) -> dict[str, int]:
+    """The markers that tokenizer_config.json lists; ordinary added tokens are the engine's."""
+    try:
+        entries = (config.get("added_tokens_decoder") or {}).items()
+        return {
+            entry["content"]: int(index)
+            for index, entry in entries
+            if entry.get("special") or is_markup(entry["content"])
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Corrupt(
+            f"{folder}/tokenizer_config.json has a malformed added_tokens_decoder: {error!r}."
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -309,6 +326,7 @@ def _finish(
     adds_bos: bool,
     chat_template: str | None,
 ) -> Tokenizer:
+    engine.encode("")  # builds it: what is wrong with the file is said here, not in the first use
     known = [special[name] for name in END_OF_TURN if name in special]
     ends = [] if eos_id is None else [eos_id]
     eos_ids = tuple(dict.fromkeys([*ends, *stops, *known]))
