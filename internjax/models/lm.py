@@ -1,4 +1,4 @@
-"""What evaluation and agents ask of a language model, whoever answers: our engine or an HTTP server.
+"""What evaluation and agents ask of a language model, whoever answers: our engine or a server.
 
 Text in, text and log-probabilities out; no tokenizer, array or device appears here. The protocol is
 implemented by `internjax.serve.local.LocalLM` and `internjax.evals.http_lm.HttpLM`.
@@ -6,16 +6,19 @@ implemented by `internjax.serve.local.LocalLM` and `internjax.evals.http_lm.Http
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-Message = dict[str, Any]
-"""{"role", "content"}, as `data.chat` renders it."""
+from internjax.data.templates import Message
 
 Prompt = str | list[Message]
 """A str is completed as it stands; a list of messages goes through the model's chat template."""
 
 Progress = Callable[[int, int], None]
 """Called with (requests done, requests in all) while a long call runs."""
+
+
+class RequestFailed(RuntimeError):
+    """A model gave no answer (server down, time-out, refused): to be asked again, never scored."""
 
 
 @dataclass(frozen=True)
