@@ -91,6 +91,7 @@ def produce(
     try:
         started = time.perf_counter()
         metrics = make(temporary)
+        assert not (temporary / CARD).exists(), f"make of {kind} wrote {CARD}: that name is ours"
         card = {
             "kind": kind,
             "key": key,

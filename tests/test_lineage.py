@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from internjax import lineage
 from internjax.errors import Corrupt, Missing, UserError
@@ -132,6 +131,12 @@ def test_failure_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         produce(tmp_path, "x", config={}, inputs={}, make=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_is_not_for_makers(tmp_path):
+    with pytest.raises(AssertionError, match="that name is ours"):
+        produce(tmp_path, "x", config={}, inputs={}, make=write("card.json", "{}"))
     assert list(tmp_path.iterdir()) == []
 
 

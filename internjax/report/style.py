@@ -94,8 +94,8 @@ li.call pre, li.result pre, li.error pre { font:13px/1.5 ui-monospace,SFMono-Reg
   border-radius:6px; padding:7px 10px; }
 summary { cursor:pointer; white-space:pre-wrap; overflow-wrap:anywhere; }
 @media (max-width:520px) { body { font-size:15px; padding-top:18px; }
-  .row { grid-template-columns:1fr minmax(6.2em,auto); gap:8px; } .chart text { font-size:14px; }
-  .chart .axisname { font-size:14px; }
+  .row { grid-template-columns:1fr minmax(6.2em,auto); gap:8px; } .chart text { font-size:16px; }
+  .chart .axisname { font-size:16px; }
   th, td { padding-right:16px; } }
 @media print {
   body { background:#fff; max-width:none; } section { break-inside:avoid; }
