@@ -89,10 +89,11 @@ def template_for(name_or_path: str | Path, tokenizer: Tokenizer | None = None) -
     """Finds the template of a name in `TEMPLATES`, of a published model name, or of a checkpoint.
 
     A `.jinja` file, or the template inside a folder or GGUF, is run in a sandbox. Pass the
-    `tokenizer` when it is already loaded.
+    `tokenizer` when it is already loaded. A checkpoint without a template of its own gets that of
+    its name; a base model gets one that says, when used, that there is none.
 
     Raises:
-        Missing: the name is unknown, or the checkpoint brings no template.
+        Missing: it is neither a name nor a path.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name in TEMPLATES:
@@ -103,12 +104,23 @@ def template_for(name_or_path: str | Path, tokenizer: Tokenizer | None = None) -
         tokenizer = tokenizer or load_tokenizer(path)
         if tokenizer.chat_template is not None:
             return jinja_template(tokenizer.chat_template, tokenizer, name="jinja")
-    if found := template_of_model(path.stem if path.exists() else name):
+        return template_of_model(path.name) or _NO_TEMPLATE
+    if found := template_of_model(name):
         return found
     raise Missing(
         f"No chat template for {name!r}: name one of {', '.join(TEMPLATES)}, "
         "or give a checkpoint that brings its own."
     )
+
+
+def _refuse(messages: list[Message], prompt: bool, tools: list[dict] | None) -> Iterator[Piece]:
+    raise UserError(
+        "This model brings no chat template (a base model?): complete plain text with it, or name "
+        f"a template, one of {', '.join(TEMPLATES)}."
+    )
+
+
+_NO_TEMPLATE = ChatTemplate("none", _refuse, ())
 
 
 def jinja_template(source: str, tokenizer: Tokenizer | None, *, name: str) -> ChatTemplate:
