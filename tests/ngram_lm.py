@@ -55,14 +55,15 @@ class BigramLM:
         yield from self.generate([prompt], params)[0].text
 
     def echo(self, text: str) -> list[tuple[str, float | None, str, float]]:
-        """(character, its log-probability, likeliest, its log-probability); ASCII only."""
-        data = text.encode("ascii")
+        """(byte as text, its log-probability, likeliest, its log-probability)."""
+        data = text.encode()
         rows = []
         for index, byte in enumerate(data):
             row = self.logp[data[index - 1] if index else BOS]
             best = int(row.argmax())
             value = float(row[byte]) if index else None
-            rows.append((chr(byte), value, chr(best), float(row[best])))
+            piece = bytes([byte]).decode(errors="replace")
+            rows.append((piece, value, chr(best), float(row[best])))
         return rows
 
     def _score(self, context: str, continuation: str) -> Loglik:
@@ -108,7 +109,8 @@ def serve(lm: BigramLM, fail: Callable[[dict], int | None] = lambda body: None) 
             params = SamplingParams(max_tokens=body["max_tokens"], stop=tuple(body.get("stop", ())))
             chat = "messages" in body
             if body.get("echo"):
-                return {"choices": [self._echo(body["prompt"])], "usage": None}
+                usage = {"prompt_tokens": len(body["prompt"].encode())}
+                return {"choices": [self._echo(body["prompt"])], "usage": usage}
             answer = lm.generate([body["messages"] if chat else body["prompt"]], params)[0]
             if body.get("stream"):
                 return self._events(answer.text, chat)

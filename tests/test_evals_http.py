@@ -43,6 +43,15 @@ def test_loglikelihood_equals_the_models_own(lm, http):
     assert not http.loglikelihood([("the", " zebra")])[0].is_greedy
 
 
+def test_letters_of_several_bytes_score_alike(lm, http):
+    """Their tokens are parts of letters, whose texts do not add up to the prompt's offsets."""
+    pairs = [("水は", " 冷たい"), ("the ice is ", "kühl"), ("größer", " or é")]
+    ours, theirs = http.loglikelihood(pairs), lm.loglikelihood(pairs)
+    assert [s.num_tokens for s in ours] == [1 + 9, 1 + 5, 1 + 2 + 1 + 2]
+    for one, two in zip(ours[::2], theirs[::2], strict=True):
+        assert one.sum == pytest.approx(two.sum, abs=1e-9)
+
+
 def test_choices_score_alike_over_http(lm, http):
     near, far = (evaluate(model, ["retention_choices"], limit=20) for model in (lm, http))
     assert far.scores[0] == near.scores[0]
@@ -77,7 +86,7 @@ def test_options_travel_in_the_words_of_the_api(lm):
         http = HttpLM(url, "m", retries=0)
         schema = {"type": "object"}
         http.generate(
-            ["x"],
+            [[{"role": "user", "content": "x"}]],
             SamplingParams(
                 max_tokens=3, seed=7, top_k=5, logit_bias={9: 1.5}, grammar={"json_schema": schema}
             ),
@@ -89,7 +98,7 @@ def test_options_travel_in_the_words_of_the_api(lm):
     assert first["top_k"] == 5 and "min_p" not in first and "ignore_eos" not in first
     assert first["logit_bias"] == {"9": 1.5}
     assert first["response_format"]["json_schema"]["schema"] == schema
-    assert second["structured_outputs"] == {"choice": ["a", "b"]}
+    assert second["grammar"] == {"choice": ["a", "b"]}
 
 
 def test_bits_per_byte_need_an_opening_token(lm):

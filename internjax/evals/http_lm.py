@@ -4,6 +4,7 @@ Chats go to chat/completions; raw prompts and log-likelihoods to the older compl
 echo the prompt with its log-probabilities. Needs the `openai` client (extra `agents`).
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ class HttpLM:
         concurrency: requests in flight at once.
         timeout_seconds, retries: of one request; retries cover refused, overloaded and 5xx answers.
         bos: text the server reads as the token that opens a document; rolling scores need it.
+        echo_tokens: tokens to generate where only the echo is wanted; 0 is cheaper where it is
+            allowed (our server), 1 works everywhere.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class HttpLM:
         timeout_seconds: float = 600.0,
         retries: int = 3,
         bos: str = "",
+        echo_tokens: int = 1,
     ):
         try:
             import openai
@@ -59,7 +63,8 @@ class HttpLM:
         self._client = openai.OpenAI(
             base_url=base_url, api_key=api_key, timeout=timeout_seconds, max_retries=retries
         )
-        self._url, self._model, self._concurrency, self._bos = base_url, model, concurrency, bos
+        self._url, self._model = base_url, model
+        self._concurrency, self._bos, self._echo_tokens = concurrency, bos, echo_tokens
 
     def close(self) -> None:
         """Closes the connections."""
@@ -85,10 +90,10 @@ class HttpLM:
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
     ) -> list[Loglik]:
-        """Scores continuations; the boundary is found by character offset.
+        """Scores continuations from the echoed log-probabilities of context + continuation.
 
-        Spaces that end a context count to the continuation. A token across the boundary counts to
-        the continuation as well.
+        White space that ends a context counts to the continuation, and so does a token that lies
+        across the boundary.
         """
         return self._all(lambda pair: self._loglik(*pair), pairs, progress)
 
@@ -120,7 +125,10 @@ class HttpLM:
         )
 
     def _create(self, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> Any:
-        options = _options(params) | {"stream": stream, "model": self._model}
+        options = _options(params, not isinstance(prompt, str)) | {
+            "stream": stream,
+            "model": self._model,
+        }
         if isinstance(prompt, str):
             if params.logprobs is not None:
                 options["logprobs"] = params.logprobs
@@ -130,16 +138,28 @@ class HttpLM:
         return self._client.chat.completions.create(messages=prompt, **options)
 
     def _loglik(self, context: str, continuation: str) -> Loglik:
-        boundary = len(context.rstrip(" ")) if context != self._bos else len(context)
-        reply = self._client.completions.create(
+        reply = self._complete(context + continuation, logprobs=1)
+        logprobs, length = reply.choices[0].logprobs, reply.usage.prompt_tokens
+        if not logprobs or len(logprobs.token_logprobs) < length:
+            raise UserError(
+                f"{self._url} does not echo the prompt's log-probabilities, so it cannot score "
+                "choices: use generation tasks, or a server whose completions support echo."
+            )
+        before = context.rstrip()
+        start = _split(logprobs.tokens[:length], before, context + continuation)
+        if start is None:
+            start = self._complete(before).usage.prompt_tokens
+        return _added(logprobs, start, length)
+
+    def _complete(self, prompt: str, **options: Any) -> Any:
+        return self._client.completions.create(
             model=self._model,
-            prompt=context + continuation,
-            max_tokens=1,
+            prompt=prompt,
+            max_tokens=self._echo_tokens,
             temperature=0.0,
-            logprobs=1,
             echo=True,
+            **options,
         )
-        return _echoed(reply.choices[0].logprobs, boundary, len(context + continuation), self._url)
 
     def _all(self, ask: Callable, requests: Sequence, progress: Progress | None) -> list:
         """Runs `ask` over all requests, in order of the requests; the first failure is raised."""
@@ -179,51 +199,49 @@ class HttpLM:
             raise RequestFailed(f"{what} to {self._url} failed: {error}") from None
 
 
-def _options(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters in the words of the OpenAI API, its common extensions in extra_body."""
+def _options(params: SamplingParams, chat: bool) -> dict[str, Any]:
+    """Sampling parameters in the words of the OpenAI API, common extensions and ours in extra_body.
+
+    A JSON schema of a chat is OpenAI's response_format; other grammars are our server's `grammar`.
+    """
     options: dict[str, Any] = {key: getattr(params, key) for key in STANDARD}
     options["stop"] = list(params.stop) or None
     if params.logit_bias:
         options["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
     plain = SamplingParams()
     extra = {k: getattr(params, k) for k in EXTRA if getattr(params, k) != getattr(plain, k)}
-    extra |= _grammar(params.grammar or {})
+    if params.grammar and not (chat and "json_schema" in params.grammar):
+        extra["grammar"] = params.grammar
+    elif params.grammar:
+        schema = {"name": "answer", "schema": params.grammar["json_schema"], "strict": True}
+        options["response_format"] = {"type": "json_schema", "json_schema": schema}
     if extra:
         options["extra_body"] = extra
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _grammar(grammar: dict) -> dict[str, Any]:
-    """A JSON schema travels as OpenAI's response_format, other grammars as vLLM's field."""
-    if "json_schema" in grammar:
-        schema = {"name": "answer", "schema": grammar["json_schema"], "strict": True}
-        return {"response_format": {"type": "json_schema", "json_schema": schema}}
-    return {"structured_outputs": grammar} if grammar else {}
+def _split(tokens: Sequence[str], before: str, whole: str) -> int | None:
+    """Index of the first token that reaches beyond `before`.
 
-
-def _echoed(logprobs: Any, boundary: int, end: int, url: str) -> Loglik:
-    """Adds up the echoed tokens between two character offsets of the prompt.
-
-    Args:
-        logprobs: tokens, token_logprobs, top_logprobs and text_offset of prompt and answer.
+    None where the tokens' texts do not join to the prompt, as with a token that is part of a letter
+    or an opening token the server adds: then the tokens have to be counted.
     """
-    offsets = logprobs.text_offset if logprobs else None
-    if not offsets or offsets[0] != 0 or len(offsets) < 2:
-        raise UserError(
-            f"{url} does not echo the prompt's log-probabilities, so it cannot score choices: "
-            "use generation tasks, or a server whose completions support echo with logprobs."
-        )
-    starts = [*offsets, end]
-    total, count, greedy = 0.0, 0, True
-    for index, start in enumerate(offsets):
-        if start >= end or starts[index + 1] <= boundary:
-            continue
-        value = logprobs.token_logprobs[index]
-        if value is None:
-            raise UserError("The first token of a prompt has no log-probability: set bos=.")
-        best = max((logprobs.top_logprobs[index] or {}).values(), default=value)
-        total, count, greedy = total + value, count + 1, greedy and value >= best
-    return Loglik(total, count, greedy)
+    if "".join(tokens) != whole:
+        return None
+    end = 0
+    for index, token in enumerate(tokens):
+        end += len(token)
+        if end > len(before):
+            return index
+    return len(tokens)
+
+
+def _added(logprobs: Any, start: int, stop: int) -> Loglik:
+    values = logprobs.token_logprobs[start:stop]
+    if None in values:
+        raise UserError("A prompt's first token has no log-probability: give a context or bos=.")
+    bests = [max(top.values()) for top in logprobs.top_logprobs[start:stop]]
+    return Loglik(sum(values), len(values), all(map(operator.ge, values, bests)))
 
 
 def _logprobs(reply: Any) -> tuple[TokenLogprob, ...]:

@@ -137,8 +137,9 @@ class LM(Protocol):
     ) -> list[Loglik]:
         """Scores each continuation after its context (both raw text, no chat template).
 
-        The boundary is that of lm-eval: spaces that end the context are counted to the
-        continuation, and the continuation's tokens are what follows the context's own encoding.
+        The boundary is that of lm-evaluation-harness: white space that ends the context counts to
+        the continuation, whose tokens are those of the whole text beyond as many as encode the
+        context alone.
         """
         ...
 
