@@ -17,6 +17,7 @@ MARKERS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|plugin|>", "<|interpreter|>",
     "<|action_start|>", "<|action_end|>", "<eoh>", "<eoa>", "<|begin_of_text|>", "<|eot_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<tool_call>", "</tool_call>",
+    "<think>", "</think>", "<<a>>", "<a>>b",
 ]  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def test_no_system_message_means_the_default_and_an_empty_one_means_none(name):
 CONTENTS = st.lists(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-        st.sampled_from([*MARKERS, "\n\n", " ", "<|im_", "end|>", "system", "\nuser\n"]),
+        st.sampled_from([*MARKERS, "\n\n", " ", "<|im_", "end|>", "<<a>>b", "system", "\nuser\n"]),
     ),
     max_size=6,
 ).map("".join)
@@ -179,7 +180,7 @@ def test_typed_markers_stay_text_and_the_text_is_the_rendering(name, rounds):
     assert len(ids) == len(mask)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "qwen3"])
 @settings(max_examples=30)
 @given(rounds=ROUNDS)
 def test_the_mask_covers_answers_with_their_end_and_nothing_else(name, rounds):
@@ -205,6 +206,23 @@ def test_the_prompt_is_a_prefix_of_the_chat(name, rounds):
     prompt = encode_prompt(BYTES, template, messages[:-1])
     assert ids[: len(prompt)] == prompt
     assert mask[len(prompt)] == 1
+
+
+def test_qwen3_shows_the_last_thoughts_and_drops_earlier_ones():
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}
+    chat = [USER, thought, USER, thought]
+    text = render(TEMPLATES["qwen3"], chat)
+    assert text == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\na<|im_end|>\n"
+    )
+    assert render(TEMPLATES["qwen3"], [USER, ANSWER]).endswith(
+        "<think>\n\n</think>\n\na<|im_end|>\n"
+    )
+    ids, mask = encode_chat(BYTES, TEMPLATES["qwen3"], chat)
+    learned = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert BYTES.decode(learned) == "a<|im_end|><think>\nhm\n</think>\n\na<|im_end|>"
+    assert BYTES.special_tokens["<think>"] in learned
 
 
 PLAIN_JINJA = (

@@ -23,7 +23,7 @@ CORPUS = [
     "模型读入文字，写出文字。每个字都有自己的编号。",
     "def add(a, b):\n    return a + b\n",
 ] * 4
-MARKERS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+MARKERS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<||>"]
 
 
 def bpe_vocabulary() -> tuple[list[str], list[list[str]], list[int]]:

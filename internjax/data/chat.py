@@ -25,6 +25,7 @@ from internjax.errors import Missing, UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "environment")
 _BREAK = "\ufdd0"  # a noncharacter: Unicode keeps it out of exchanged text, `_clean` out of ours
+_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
 _RESERVED = str.maketrans("", "", _BREAK + GENERATION_START + GENERATION_END)
 
 
@@ -36,7 +37,8 @@ def render(
     tools: list[dict] | None = None,
 ) -> str:
     """Returns the chat as text; with `add_generation_prompt` it ends where the answer begins."""
-    pieces = template.pieces(_clean_messages(messages), add_generation_prompt, tools)
+    messages = _clean_messages(messages, template.thinks)
+    pieces = template.pieces(messages, add_generation_prompt, tools)
     return "".join(text for text, _ in pieces)
 
 
@@ -56,9 +58,8 @@ def encode_chat(
         UserError: a message is malformed, or a Jinja template hides where an answer stands.
     """
     protect = _protector(tokenizer)
-    pieces = template.pieces(
-        protect(_clean_messages(messages)), add_generation_prompt, protect(tools)
-    )
+    messages = protect(_clean_messages(messages, template.thinks))
+    pieces = template.pieces(messages, add_generation_prompt, protect(tools))
     ids: list[int] = []
     mask: list[int] = []
     for text, trained in _joined(pieces):
@@ -143,7 +144,7 @@ def jinja_template(source: str, tokenizer: Tokenizer | None, *, name: str) -> Ch
         else:
             yield from _differences(lambda m, p: text_of(m, p, tools), text, messages, ends)
 
-    return ChatTemplate(name, pieces, tuple(ends))
+    return ChatTemplate(name, pieces, tuple(ends), thinks="reasoning_content" in source)
 
 
 def _token_texts(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -231,7 +232,7 @@ def _protector(tokenizer: Tokenizer) -> Callable[[Any], Any]:
     return protect
 
 
-def _clean_messages(messages: list[Message]) -> list[Message]:
+def _clean_messages(messages: list[Message], thinks: bool) -> list[Message]:
     """Checks messages and brings content to text: None is "", text parts are joined."""
     if not messages:
         raise UserError("A chat needs at least one message.")
@@ -241,7 +242,11 @@ def _clean_messages(messages: list[Message]) -> list[Message]:
         if role not in ROLES:
             raise UserError(f"Message {index} has role {role!r}; legal are {', '.join(ROLES)}.")
         role = "system" if role == "developer" else role
-        cleaned.append(_clean({**message, "role": role, "content": _text(message, index)}))
+        message = _clean({**message, "role": role, "content": _text(message, index)})
+        thought = _THOUGHT.match(message["content"]) if thinks and role == "assistant" else None
+        if thought:
+            message |= {"reasoning_content": thought[1], "content": thought[2]}
+        cleaned.append(message)
     return cleaned
 
 

@@ -28,6 +28,7 @@ class ChatTemplate:
         stop: texts at which an answer ends; none of them is part of it.
         default_system: the system text used when the messages bring none; "" is none.
         tool_style: how a call is written, a key of `tool_calls.STYLES`; "" without tool calls.
+        thinks: what an answer holds in `<think>` is handed over apart, as "reasoning_content".
     """
 
     name: str
@@ -35,6 +36,7 @@ class ChatTemplate:
     stop: tuple[str, ...]
     default_system: str = ""
     tool_style: str = ""
+    thinks: bool = False
 
 
 # The system text that the InternLM chat models were released with.
@@ -170,8 +172,12 @@ def _turn(header: str, body: str, *, trained: bool = False) -> Iterator[Piece]:
     yield "\n", False
 
 
-def _chatml(default: str) -> Callable[..., Iterator[Piece]]:
-    """ChatML with `default` as system text; tools and their results as Qwen2.5 writes them."""
+def _chatml(default: str, *, thinks: bool = False) -> Callable[..., Iterator[Piece]]:
+    """ChatML with `default` as system text; tools and their results as Qwen2.5 writes them.
+
+    With `thinks`, as in Qwen3, answers after the last question show their thoughts, and the very
+    last answer always has a place for them; earlier thoughts are left out.
+    """
 
     def pieces(messages: list[Message], prompt: bool, tools: list | None) -> Iterator[Piece]:
         system, messages = split_system(messages, default)
@@ -181,12 +187,16 @@ def _chatml(default: str) -> Callable[..., Iterator[Piece]]:
             system = f"{head}{_TOOLS_HEAD}{listed}{_TOOLS_TAIL}"
         if system:
             yield from _turn("system", system)
+        asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         for index, message in enumerate(messages):
             role, content = message["role"], message["content"]
             if role == "assistant":
-                blocks = [content] if content else []
+                thought = message.get("reasoning_content") or ""
+                shown = thinks and index > asked and (thought or index == len(messages) - 1)
+                head = f"<think>\n{thought.strip('\n')}\n</think>\n\n" if shown else ""
+                blocks = [content.lstrip("\n") if shown else content] if content else []
                 blocks += map(_hermes_call, message.get("tool_calls") or [])
-                yield from _turn("assistant", "\n".join(blocks), trained=True)
+                yield from _turn("assistant", head + "\n".join(blocks), trained=True)
             elif role in ("tool", "environment"):
                 yield from _tool_response(messages, index)
             else:
@@ -242,10 +252,10 @@ TEMPLATES: dict[str, ChatTemplate] = {
         ChatTemplate("smollm2", _chatml(_SMOLLM2_SYSTEM), _END, _SMOLLM2_SYSTEM, "hermes"),
         ChatTemplate("qwen2", _chatml(_QWEN2_SYSTEM), _END, _QWEN2_SYSTEM, "hermes"),
         ChatTemplate("qwen2.5", _chatml(_QWEN2_5_SYSTEM), _END, _QWEN2_5_SYSTEM, "hermes"),
+        ChatTemplate("qwen3", _chatml("", thinks=True), _END, "", "hermes", True),
         ChatTemplate("llama3", _llama3, ("<|eot_id|>",)),
     )
 }
-"""By name. Qwen3's thinking turns depend on later messages: take the checkpoint's own Jinja."""
 
 # Published names -> template: the first prefix that fits. Base models have no chat format.
 _OF_MODEL = {
@@ -259,6 +269,7 @@ _OF_MODEL = {
     "qwen2.5": "qwen2.5",
     "qwen2_5": "qwen2.5",
     "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "llama-3": "llama3",
     "llama3": "llama3",
 }

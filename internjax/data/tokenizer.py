@@ -114,6 +114,8 @@ class Tokenizer:
             "tokenizer_class": self._hf_class,
             **named,
             "add_bos_token": self.adds_bos,
+            "add_prefix_space": self.engine.strips_space,
+            "legacy": True,  # LlamaTokenizer then follows the .model to the letter
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {
                 str(index): {"content": name, "special": True, "normalized": False}
