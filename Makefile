@@ -12,6 +12,9 @@ PY     := $(VENV)/bin/python
 STAMPS := .stamps
 MODEL  := smollm2-135m-instruct
 
+# The extras of `quickstart`, spelled out: pip-compile trips over an extra that names its own project.
+QUICK := --extra data --extra serve --extra agents --extra eval
+
 # pip-compile leaves out what belongs to one machine: index hosts, links, paths.
 COMPILE := $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
            --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
@@ -42,8 +45,8 @@ lint: $(STAMPS)/dev ## ruff: rules and formatting
 lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
 	@echo "== Locks: resolving core, quickstart, dev (with the hashes of every platform's files)"
 	@$(COMPILE) -o requirements/core.txt
-	@$(COMPILE) --extra quickstart -c requirements/core.txt -o requirements/quickstart.txt
-	@$(COMPILE) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
+	@$(COMPILE) $(QUICK) -c requirements/core.txt -o requirements/quickstart.txt
+	@$(COMPILE) $(QUICK) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
 
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 

@@ -4,7 +4,8 @@
 imports neither JAX nor anything else that is slow.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from internjax.version import __version__
 
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load", "pipeline"]
 
 
-def load(name_or_path: str, **options) -> "Model":
+def load(name_or_path: str, **options: Any) -> "Model":
     """Loads a model by its published name or from a path; see `internjax.models.load.load`."""
     from internjax.models.load import load
 
     return load(name_or_path, **options)
 
 
-def pipeline(name_or_path: str, **options):
-    raise NotImplementedError
+def pipeline(name_or_path: Any, **options: Any) -> Callable[..., Any]:
+    """Returns a function that answers a prompt or a chat; see `internjax.serve.local.pipeline`."""
+    from internjax.serve.local import pipeline
+
+    return pipeline(name_or_path, **options)

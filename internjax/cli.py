@@ -142,6 +142,7 @@ def _launch(module: str, overrides: list[str], flags: list[str]) -> None:
     if not (_folder(EXPERIMENTS) / f"{module}.py").is_file():
         raise UserError(f"`internjax {module}` is not in this version: see `internjax --help`.")
     experiment = importlib.import_module(f"{EXPERIMENTS}.{module}")
+    overrides = [_readable(override) for override in overrides]
     try:
         if flags:
             os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -233,6 +234,19 @@ def _miss(kind: str, given: str, prefix: str, legal: list[str]) -> str:
     guess = nearest(given, legal)
     hint = f"did you mean `{prefix}{guess}`? " if guess else ""
     return f"no {kind} {given!r}: {hint}Legal here: {', '.join(legal)}."
+
+
+def _readable(override: str) -> str:
+    """Quotes a value that Hydra's grammar has no place for (Chinese, `a=b`, `it's`): it is text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        key, _, value = override.partition("=")
+        return f"{key}={_quote(value)}"
+    return override
 
 
 def _quote(word: str) -> str:
