@@ -35,11 +35,11 @@ def load_gguf(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]
     """
     file = open_gguf(path)
     cfg = config_from_gguf(file)
-    dtype = dtype or json.loads(file.metadata.get(OWN_KEY, "{}")).get("stored_dtype")
+    dtype = dtype or _own(file).get("stored_dtype")
     params = read_params(
         gguf_layout(ARCHITECTURES[file.metadata["general.architecture"]]),
         cfg,
-        {name: t.dtype for name, t in file.tensors.items()},
+        file.tensors,
         file.read,
         where=str(path),
         dtype=None if dtype is None else np.dtype(dtype),
@@ -50,37 +50,43 @@ def load_gguf(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
     """Reads the model's shape from a GGUF header; biases and norms from the tensors there are."""
-    meta, names = file.metadata, file.tensors
-    arch = meta.get("general.architecture")
+    arch = file.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(
             f"{file.path}: architecture {arch!r}; legal are {', '.join(ARCHITECTURES)}."
         )
-    if OWN_KEY in meta:
-        return config_from_json(json.loads(meta[OWN_KEY])["config"], where=str(file.path))
-    if "token_embd.weight" not in names:
-        raise Corrupt(f"{file.path}: holds no token_embd.weight, so it is no language model.")
+    try:
+        if OWN_KEY in file.metadata:
+            return config_from_json(_own(file)["config"], where=str(file.path))
+        return _config(file, f"{arch}.")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise Corrupt(f"{file.path}: metadata is damaged or lacks {error}.") from error
 
-    def get(key: str, default=None):
-        value = meta.get(f"{arch}.{key}", default)
-        if value is None:
-            raise Corrupt(f"{file.path}: metadata lacks {arch}.{key}.")
-        return value
 
-    d_model, num_heads = get("embedding_length"), get("attention.head_count")
+def _own(file: GgufFile) -> dict[str, Any]:
+    """What our own exporter wrote beside GGUF's standard keys; {} in files of others."""
+    return json.loads(file.metadata.get(OWN_KEY, "{}"))
+
+
+def _config(file: GgufFile, prefix: str) -> ModelConfig:
+    meta, names = file.metadata, file.tensors
+    d_model = meta[prefix + "embedding_length"]
+    num_heads = meta[prefix + "attention.head_count"]
     cfg = ModelConfig(
-        name=meta.get("general.name", file.path.stem),
+        name=str(meta.get("general.name", file.path.stem)),
         family=_family(meta, names),
-        num_layers=get("block_count"),
+        num_layers=meta[prefix + "block_count"],
         d_model=d_model,
         num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
-        head_dim=get("attention.key_length", d_model // num_heads),
-        d_ff=get("feed_forward_length"),
+        num_kv_heads=meta.get(prefix + "attention.head_count_kv", num_heads),
+        head_dim=meta.get(prefix + "attention.key_length", d_model // num_heads),
+        d_ff=meta[prefix + "feed_forward_length"],
         vocab_size=names["token_embd.weight"].shape[0],
-        max_context=get("context_length"),
-        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
-        rope=_rope(get, file),
+        max_context=meta[prefix + "context_length"],
+        norm_eps=_shortest(meta[prefix + "attention.layer_norm_rms_epsilon"]),
+        rope=_rope(file, prefix),
         qkv_bias="blk.0.attn_q.bias" in names,
         output_bias="blk.0.attn_output.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
@@ -100,15 +106,16 @@ def _family(meta, names) -> str:
     return "internlm" if "blk.0.attn_output.bias" in names else "llama"
 
 
-def _rope(get, file: GgufFile) -> RopeConfig:
-    kind = get("rope.scaling.type", "none")
-    theta = _shortest(get("rope.freq_base", 10000.0))
+def _rope(file: GgufFile, prefix: str) -> RopeConfig:
+    meta = file.metadata
+    kind = meta.get(prefix + "rope.scaling.type", "none")
+    theta = _shortest(meta.get(prefix + "rope.freq_base", 10000.0))
     if kind == "none":
         return RopeConfig(theta=theta)
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path}: rope scaling {kind!r}; legal are none, linear, yarn.")
-    factor = _shortest(get("rope.scaling.factor"))
-    context = get("rope.scaling.original_context_length", 0)
+    factor = _shortest(meta[prefix + "rope.scaling.factor"])
+    context = meta.get(prefix + "rope.scaling.original_context_length", 0)
     return RopeConfig(kind=kind, theta=theta, factor=factor, original_context=context)
 
 

@@ -26,6 +26,7 @@ QUANTS = {
 }
 _LOSSLESS = {"f32": ("float32", "float16", "bfloat16"), "f16": ("float16",), "bf16": ("bfloat16",)}
 _BLOCK = 32
+_TINY = 1e-30
 
 
 def save_gguf(
@@ -107,7 +108,7 @@ def _metadata(cfg: ModelConfig, arch: str, quant: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in shape.items()}
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def _add(writer: GGUFWriter, key: str, value: bool | int | float | str | list) -> None:
     """Adds one key in the type that readers expect of it."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
@@ -118,7 +119,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:
-        writer.add_array(key, np.asarray(value).tolist())
+        writer.add_array(key, value)
 
 
 def _write(writer: GGUFWriter, tensors: list[Tensor], quant: str) -> None:
@@ -147,4 +148,8 @@ def _kind(t: Tensor, quant: str) -> GGMLQuantizationType:
 def _encode(x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     if kind == GGMLQuantizationType.F16:
         return x.astype(np.float16)
-    return quantize(np.ascontiguousarray(x.astype(np.float32)), kind)
+    x = x.astype(np.float32)
+    if kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1):
+        # Far below float16's smallest step, yet 1 / step would overflow in the encoder.
+        x = np.where(np.abs(x) < _TINY, np.float32(0), x)
+    return quantize(np.ascontiguousarray(x), kind)

@@ -12,8 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from internjax.errors import Corrupt, Missing, UserError
 
@@ -71,9 +70,11 @@ class GgufFile:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[info.kind]]
         rows = raw.reshape(-1, info.shape[-1] // block * size)
         out = np.empty((len(rows), info.shape[-1]), np.float32)
-        step = max(1, 2**18 // info.shape[-1])  # 1 MB of float32: stays in the cache
+        # quants.dequantize takes 16 rows at a time, which is twice as slow for small models.
+        decode = getattr(quants, info.kind).dequantize_rows
+        step = max(1, 2**16 // info.shape[-1])  # 256 kB of float32: stays in the cache
         for i in range(0, len(rows), step):
-            out[i : i + step] = dequantize(rows[i : i + step], GGMLQuantizationType[info.kind])
+            out[i : i + step] = decode(rows[i : i + step])
         return out.reshape(info.shape)
 
 
@@ -178,7 +179,9 @@ class _Cursor:
 
     def array(self) -> list:
         kind, length = self.scalar(4), self.scalar(10)
+        if kind == _STRING:
+            return [self.string() for _ in range(length)]
         if kind not in _SCALARS:
-            return [self.value(kind) for _ in range(length)]
+            raise Corrupt(f"{self.path}: header holds an array of the unknown type {kind}.")
         dtype = np.dtype("<" + _SCALARS[kind])
         return np.frombuffer(self.take(length * dtype.itemsize), dtype).tolist()

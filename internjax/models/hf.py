@@ -42,7 +42,7 @@ def load_hf(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
     params = read_params(
         LAYOUTS[cfg.family],
         cfg,
-        {name: t.dtype for name, t in tensors.items()},
+        tensors,
         lambda name: tensors[name].read(),
         where=str(folder),
         dtype=None if dtype is None else np.dtype(dtype),

@@ -58,8 +58,10 @@ def config_from_hf(raw: dict[str, Any], names: Collection[str], *, where: str) -
             qk_norm=has("layers/q_norm"),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
-    except KeyError as error:
-        raise Corrupt(f"{where}/config.json: lacks {error.args[0]}.") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise Corrupt(f"{where}/config.json: is damaged or lacks {error}.") from error
 
 
 def config_to_hf(cfg: ModelConfig, dtype: np.dtype) -> dict[str, Any]:

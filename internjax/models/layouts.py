@@ -7,6 +7,7 @@ and written as lazy `Tensor` records, one layer at a time, so that nothing is ev
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -118,6 +119,16 @@ class Entry:
     per_layer: bool
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor of a checkpoint file; `dtype` is the one that reading it gives."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> Shape: ...
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor about to be written: `make()` builds it when its turn comes."""
@@ -221,7 +232,7 @@ def gguf_layout(paired: bool) -> list[Entry]:
 def read_params(
     layout: list[Entry],
     cfg: ModelConfig,
-    dtypes: Mapping[str, np.dtype],
+    stored: Mapping[str, Stored],
     read: Callable[[str], np.ndarray],
     *,
     where: str,
@@ -231,7 +242,7 @@ def read_params(
     """Fills our tree from a checkpoint, tensor by tensor, into leaves allocated once.
 
     Args:
-      dtypes: name -> dtype of every tensor there is.
+      stored: every tensor that the checkpoint has; all are checked before the first is read.
       read: name -> tensor.
       where: the checkpoint's path, for messages.
       dtype: of every leaf; None keeps what is stored (the widest, where layers differ).
@@ -239,25 +250,21 @@ def read_params(
 
     Raises: Corrupt when a tensor is missing, has another shape, or has no place in the tree.
     """
+    _check_sizes(cfg, where)
     table = param_table(cfg)
     used = [e for e in layout if e.paths[0] in table]
-    _check_names(used, cfg, dtypes, where, ignore)
+    _check(used, cfg, table, stored, where, ignore)
     leaves: dict[str, np.ndarray] = {}
     for entry in used:
         sources = _sources(entry, cfg)
-        leaf_dtype = dtype or np.result_type(*(dtypes[s] for s in sources))
+        leaf_dtype = dtype or np.result_type(*(stored[s].dtype for s in sources))
         for path in entry.paths:
             leaves[path] = np.empty(table[path].shape, leaf_dtype)
         for i, source in enumerate(sources):
             targets = [leaves[p][i] if entry.per_layer else leaves[p] for p in entry.paths]
-            shapes = tuple(t.shape for t in targets)
-            tensor, want = read(source), entry.form.shape(shapes)
-            if tensor.shape != want:
-                raise Corrupt(
-                    f"{where}: tensor {source} has shape {tensor.shape}, the config says {want}."
-                )
-            for target, leaf in zip(targets, entry.form.split(tensor, shapes), strict=True):
-                target[...] = leaf
+            parts = entry.form.split(read(source), tuple(t.shape for t in targets))
+            for target, part in zip(targets, parts, strict=True):
+                target[...] = part
     return unflatten(leaves)
 
 
@@ -310,14 +317,35 @@ def _sources(entry: Entry, cfg: ModelConfig) -> list[str]:
     return [entry.source.format(i=i) for i in range(cfg.num_layers)]
 
 
-def _check_names(used, cfg, names, where, ignore) -> None:
-    wanted = {s for e in used for s in _sources(e, cfg)}
-    missing = sorted(wanted - set(names))
+def _check_sizes(cfg: ModelConfig, where: str) -> None:
+    """A damaged header must not make us allocate or loop by its numbers."""
+    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or not 0 < value < 2**24:
+            raise Corrupt(f"{where}: {name} is {value!r}, not a positive integer.")
+
+
+def _check(used, cfg, table, stored, where, ignore) -> None:
+    """Compares names and shapes of a checkpoint with what the config asks for."""
+    layers_wanted = cfg.num_layers if any(e.per_layer for e in used) else 0
+    if layers_wanted > len(stored):
+        raise Corrupt(f"{where}: has {len(stored)} tensors for {cfg.num_layers} layers.")
+    wanted = {}
+    for entry in used:
+        skip = 1 if entry.per_layer else 0
+        shape = entry.form.shape(tuple(table[p].shape[skip:] for p in entry.paths))
+        wanted |= dict.fromkeys(_sources(entry, cfg), shape)
+    missing = sorted(set(wanted) - set(stored))
     if missing:
         raise Corrupt(f"{where}: {len(missing)} tensors are missing, first {missing[0]}.")
-    extra = sorted(n for n in set(names) - wanted if not ignore(n))
+    extra = sorted(n for n in set(stored) - set(wanted) if not ignore(n))
     if extra:
         raise Corrupt(
             f"{where}: {len(extra)} tensors have no place in a {cfg.family} model,"
             f" first {extra[0]}."
         )
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise Corrupt(
+                f"{where}: tensor {name} has shape {stored[name].shape}, the config says {shape}."
+            )

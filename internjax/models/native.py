@@ -32,7 +32,7 @@ def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Param
     params = read_params(
         tree_layout(cfg),
         cfg,
-        {name: t.dtype for name, t in tensors.items()},
+        tensors,
         lambda name: tensors[name].read(),
         where=str(folder),
         dtype=None if dtype is None else np.dtype(dtype),

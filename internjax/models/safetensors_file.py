@@ -15,6 +15,7 @@ import numpy as np
 from internjax.errors import Corrupt, Missing
 from internjax.models.layouts import Tensor
 
+_MAX_HEADER = 10**8  # the format's own limit
 SHARD_BYTES = 5 * 10**9  # what Hugging Face's own exporter uses
 _DTYPES = {
     "F64": np.float64,
@@ -80,7 +81,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise Corrupt(f"{path}: is no whole safetensors file; fetch it again.")
         raw = f.read(length)
     try:
@@ -100,7 +101,10 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def write_tensors(folder: Path, stem: str, tensors: list[Tensor], shard_bytes: int) -> None:
-    """Writes one file, or shards of at most `shard_bytes` with their index, tensor by tensor."""
+    """Writes one file, or shards of at most `shard_bytes` with their index, tensor by tensor.
+
+    A tensor that is larger gets a shard of its own.
+    """
     shards = _plan(tensors, shard_bytes)
     if len(shards) == 1:
         _write_file(folder / f"{stem}.safetensors", shards[0])
