@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from internjax.data import jinja_sandbox
 from internjax.data.chat import encode_chat, encode_prompt, jinja_template, render, template_for
 from internjax.data.jinja_sandbox import compile_template
 from internjax.data.templates import TEMPLATES
@@ -157,6 +158,7 @@ CONTENTS = st.lists(
     ),
     max_size=6,
 ).map("".join)
+LAW = settings(deadline=None, max_examples=20)
 ROUNDS = st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3)
 
 
@@ -169,7 +171,7 @@ def chat_of(rounds) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=30)
+@LAW
 @given(rounds=ROUNDS)
 def test_typed_markers_stay_text_and_the_text_is_the_rendering(name, rounds):
     template, messages = TEMPLATES[name], chat_of(rounds)
@@ -181,7 +183,7 @@ def test_typed_markers_stay_text_and_the_text_is_the_rendering(name, rounds):
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "qwen3"])
-@settings(max_examples=30)
+@LAW
 @given(rounds=ROUNDS)
 def test_the_mask_covers_answers_with_their_end_and_nothing_else(name, rounds):
     template, messages = TEMPLATES[name], chat_of(rounds)
@@ -197,7 +199,7 @@ def test_the_mask_covers_answers_with_their_end_and_nothing_else(name, rounds):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=30)
+@LAW
 @given(rounds=ROUNDS)
 def test_the_prompt_is_a_prefix_of_the_chat(name, rounds):
     """So what the model is trained to continue is what it is given when it serves."""
@@ -238,7 +240,7 @@ TAGGED_JINJA = (
 
 
 @pytest.mark.parametrize("source", [PLAIN_JINJA, TAGGED_JINJA])
-@settings(max_examples=40)
+@LAW
 @given(rounds=ROUNDS)
 def test_a_jinja_template_encodes_like_the_named_one(source, rounds):
     jinja = jinja_template(source, BYTES, name="jinja")
@@ -308,7 +310,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_templates_end_in_one_clear_error(what):
+def test_hostile_templates_end_in_one_clear_error(what, monkeypatch):
+    monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 1 << 13)  # the bound itself, sooner reached
     with pytest.raises(UserError, match="The checkpoint's chat template"):
         compile_template(HOSTILE[what])(messages=[USER])
 
@@ -407,7 +410,7 @@ def smollm2(smollm2_gguf):
 
 
 @pytest.mark.needs_model
-@settings(max_examples=60)
+@LAW
 @given(rounds=ROUNDS, system=st.one_of(st.none(), CONTENTS.filter(bool)), tail=CONTENTS)
 def test_our_smollm2_is_the_template_in_its_gguf(smollm2, rounds, system, tail):
     tokenizer, own = smollm2

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from internjax.data.pack import OPEN_ROWS, fill, pack
 from internjax.errors import UserError
@@ -15,6 +15,7 @@ PAIRS = st.lists(
     ),
     max_size=12,
 )
+LAW = settings(deadline=None, max_examples=60)
 LENGTHS = st.integers(2, 16)
 
 
@@ -31,6 +32,7 @@ def segments_of(row):
     ]
 
 
+@LAW
 @given(samples=PAIRS, length=LENGTHS)
 def test_first_fit_keeps_every_sample_as_its_own_segments(samples, length):
     rows = list(pack(samples, length, pad_id=7))
@@ -39,6 +41,7 @@ def test_first_fit_keeps_every_sample_as_its_own_segments(samples, length):
     assert found == Counter(map(tuple, pieces))
 
 
+@LAW
 @given(samples=PAIRS, length=LENGTHS)
 def test_concat_is_the_stream_cut_at_every_length(samples, length):
     rows = list(pack(samples, length, mode="concat"))
@@ -49,6 +52,7 @@ def test_concat_is_the_stream_cut_at_every_length(samples, length):
 
 
 @pytest.mark.parametrize("mode", ["first_fit", "concat"])
+@LAW
 @given(samples=PAIRS, length=LENGTHS)
 def test_positions_restart_and_targets_stay_inside_the_segment(mode, samples, length):
     for row in pack(samples, length, mode=mode, pad_id=7):
@@ -63,6 +67,7 @@ def test_positions_restart_and_targets_stay_inside_the_segment(mode, samples, le
         assert all(getattr(row, name).shape == (length,) for name in row.__dataclass_fields__)
 
 
+@LAW
 @given(samples=PAIRS, length=LENGTHS)
 def test_the_loss_counts_the_marked_ids_that_have_a_predecessor(samples, length):
     counted = Counter()

@@ -2,13 +2,14 @@
 
 import io
 import json
+import random
 from pathlib import Path
 
 import gguf
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from sentencepiece import sentencepiece_model_pb2 as spm_proto
 
 from internjax.data.gguf_metadata import read_metadata
@@ -94,6 +95,7 @@ def loaded(files) -> dict[str, Tokenizer]:
     return {name: load_tokenizer(path) for name, path in files.items()}
 
 
+LAW = settings(deadline=None, max_examples=40)
 KINDS = ["bpe", "spm", "spm-prefix"]
 # SentencePiece writes a blank as U+2581, so a typed U+2581 comes back as a blank.
 TEXTS = st.lists(
@@ -107,6 +109,7 @@ TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@LAW
 @given(text=TEXTS, specials=st.booleans())
 def test_decoding_is_the_inverse_of_encoding(loaded, kind, text, specials):
     tokenizer = loaded[kind]
@@ -116,6 +119,7 @@ def test_decoding_is_the_inverse_of_encoding(loaded, kind, text, specials):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@LAW
 @given(text=TEXTS)
 def test_typed_text_never_becomes_a_marker(loaded, kind, text):
     tokenizer = loaded[kind]
@@ -124,6 +128,7 @@ def test_typed_text_never_becomes_a_marker(loaded, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@LAW
 @given(data=st.data())
 def test_streamed_text_is_the_decoded_text_and_never_half_a_letter(loaded, kind, data):
     tokenizer = loaded[kind]
@@ -147,6 +152,7 @@ def test_a_letter_is_held_back_until_it_is_whole(loaded):
     assert stream.flush() == "\ufffd"
 
 
+@LAW
 @given(text=TEXTS)
 def test_markers_are_found_as_the_tokenizers_library_finds_them(loaded, text):
     tokenizer = loaded["bpe"]
@@ -155,6 +161,7 @@ def test_markers_are_found_as_the_tokenizers_library_finds_them(loaded, text):
 
 
 @pytest.mark.parametrize("kind", ["spm", "spm-prefix"])
+@LAW
 @given(text=TEXTS.filter(lambda text: "[UNUSED" not in text))
 def test_plain_text_is_encoded_as_the_sentencepiece_library_does(files, loaded, kind, text):
     native = _native(files[kind])
@@ -306,6 +313,29 @@ def test_a_cut_gguf_is_called_corrupt_wherever_it_is_cut(files, tmp_path):
         path.write_bytes(whole[:at])
         with pytest.raises(Corrupt):
             load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["bpe.gguf", "spm.gguf", "spm.model", "tokenizer.json"])
+def test_damaged_bytes_load_or_end_in_one_clear_error(files, loaded, tmp_path, kind):
+    source = tmp_path / kind
+    if kind == "spm.gguf":
+        write_sentencepiece_gguf(files["spm"], source)
+    elif kind == "tokenizer.json":
+        loaded["bpe"].save(tmp_path)
+    else:
+        source.write_bytes(files[kind.partition(".")[0]].read_bytes())
+    whole, rng = source.read_bytes(), random.Random(0)
+    outcomes = set()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        source.write_bytes(damaged)
+        try:
+            load_tokenizer(source).encode("hello<|im_end|>")
+            outcomes.add("loaded")
+        except UserError:
+            outcomes.add("refused")
+    assert "refused" in outcomes  # and nothing but a UserError has come out
 
 
 def test_a_gguf_that_claims_huge_lengths_is_corrupt(files, tmp_path):

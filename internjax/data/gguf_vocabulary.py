@@ -63,6 +63,8 @@ def engine_from_metadata(metadata: dict[str, Any]) -> BpeEngine | SentencePieceE
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise Corrupt(f"The GGUF file has {len(tokens)} tokens but {len(types)} token types.")
+    if not set(map(int, types)) <= set(range(7)):
+        raise Corrupt("The GGUF file has token types beyond 0..6: it is damaged.")
     build = _byte_level if kind == "gpt2" else _sentencepiece
     return build(metadata, tokens, [int(each) for each in types])
 

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer
 from internjax.errors import UserError
 
 MAX_SOURCE = 1 << 18
-MAX_STEPS = 1 << 17  # loop turns and calls of one rendering; long chats take some thousands
+MAX_STEPS = 1 << 18  # loop turns and calls of one rendering; long chats take some thousands
 MAX_LETTERS = 1 << 24  # of any one value and of the output
 MAX_WIDTH = 1 << 17  # any number handed to a function: the range() and padding of real templates
 
@@ -208,7 +208,7 @@ def _letters(value: Any) -> int:
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list | tuple):
-        _spend(len(value))
+        _spend(1 + len(value) // 16)
         return sum(map(_letters, value))
     return 8
 

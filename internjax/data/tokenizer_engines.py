@@ -164,6 +164,8 @@ class SentencePieceEngine:
             raise Corrupt("The SentencePiece model is damaged or cut short.") from error
         if not proto.pieces:
             raise Corrupt("The SentencePiece model has no pieces: it is empty or cut short.")
+        if not all(isinstance(each.piece, str) for each in proto.pieces):
+            raise Corrupt("The SentencePiece model is damaged: a piece is not UTF-8.")
         self._serialized = serialized
         kind = spm_proto.ModelProto.SentencePiece
         self.pieces = [_sentencepiece_bytes(each.piece) for each in proto.pieces]
