@@ -1,0 +1,1 @@
+"""Serving: a continuous-batching engine, an OpenAI-compatible server, and the LM protocol on it."""

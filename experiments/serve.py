@@ -1,0 +1,50 @@
+"""Serves a model over HTTP in OpenAI's API until SIGINT or SIGTERM.
+
+internjax serve smollm2-135m-instruct serve.port=8000
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+
+import hydra
+from omegaconf import DictConfig
+
+from internjax.experiments.compilation_cache import enable_compilation_cache
+from internjax.experiments.config import build
+from internjax.serve.server import ServeConfig
+
+
+@dataclass(frozen=True)
+class ServeRun:
+    """Which model, and how; each key is explained in configs/serve.yaml."""
+
+    model: str
+    dtype: str = "float32"
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
+@hydra.main(config_path="../configs", config_name="serve", version_base=None)
+def main(raw: DictConfig) -> None:
+    """Loads, listens, serves, drains."""
+    cfg = build(ServeRun, raw)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    for noisy in ("jax", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    enable_compilation_cache()
+
+    from internjax.models.load import load
+    from internjax.serve.server import run_server
+
+    model = load(cfg.model, dtype=cfg.dtype)
+    serve = cfg.serve if cfg.serve.name else dataclasses.replace(cfg.serve, name=cfg.model)
+
+    def ready(url: str) -> None:
+        print(f"{serve.name} at {url} ({serve.engine.slots} slots; stop with Ctrl-C)", flush=True)
+
+    run_server(model, serve, on_ready=ready)
+    print("stopped.", flush=True)
+
+
+if __name__ == "__main__":
+    main()

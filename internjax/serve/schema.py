@@ -1,0 +1,175 @@
+"""The bodies that the HTTP server reads, and what of them the engine is asked.
+
+Fields of OpenAI's API that change nothing here are named and ignored; any other unknown field is
+refused, because a parameter that is accepted but not obeyed falsifies results.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from internjax.errors import UserError
+from internjax.models.lm import SamplingParams
+
+Text = Annotated[str, StringConstraints(max_length=1 << 20)]
+TokenIds = Annotated[list[int], Field(max_length=1 << 20)]
+
+
+class Body(BaseModel):
+    """A request body; an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class JsonSchema(Body):
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Function(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class SamplingBody(Body):
+    """What chat and plain completions share."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, lt=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop: Text | list[Text] | None = None
+    n: int | None = Field(default=None, ge=1, le=64)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    grammar: dict[str, Any] | None = None
+
+    # Of OpenAI's API, without meaning here.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    def sampling(
+        self, max_tokens: int, *, logprobs: int | None, grammar: dict | None, index: int = 0
+    ) -> SamplingParams:
+        """Returns the parameters of choice number `index`; None means the API's default."""
+        given = {
+            name: getattr(self, name)
+            for name in (
+                "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+                "logit_bias", "ignore_eos",
+            )
+            if getattr(self, name) is not None
+        }  # fmt: skip
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        # Choices of one request differ by their seeds; the first has the seed as it was given.
+        seed = None if self.seed is None else self.seed + 0x9E3779B1 * index
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_k=max(self.top_k or 0, 0),
+                seed=seed,
+                stop=stop,
+                logprobs=logprobs,
+                grammar=grammar,
+                **given,
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatBody(SamplingBody):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def asked_grammar(self) -> dict | None:
+        """Returns the grammar that `grammar` or `response_format` asks for.
+
+        Raises:
+          UserError: both ask.
+        """
+        form = self.response_format
+        if form is None or form.type == "text":
+            return self.grammar
+        if self.grammar:
+            raise UserError("give grammar or response_format, not both.")
+        if form.type == "json_object":
+            return {"json_schema": {"type": "object"}}
+        if form.json_schema is None:
+            raise UserError("response_format: type json_schema needs the field json_schema.")
+        return {"json_schema": form.json_schema.schema_}
+
+
+class CompletionBody(SamplingBody):
+    prompt: Text | list[Text] | TokenIds | list[TokenIds]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Returns the prompts one by one, whichever of the four forms they came in.
+
+        Raises:
+          UserError: there is none.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        if not prompt:
+            raise UserError("prompt is an empty list: give at least one prompt.")
+        return prompt
+
+
+class TokenizeBody(Body):
+    model: str | None = None
+    prompt: Text | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: TokenIds
