@@ -231,5 +231,5 @@ def test_python_tool_runs_in_the_sandbox_and_says_which():
     assert made.call({"code": "print(6 * 7)"}) == "42"
     assert made.call({"code": "6 * 7"}) == "42"
     assert "print" in made.call({"code": "x = 1"})
-    with pytest.raises(ToolError, match="(?s)before.*ZeroDivisionError"):
+    with pytest.raises(ToolError, match=r"(?s)before.*ZeroDivisionError"):
         made.call({"code": "print('before')\n1 / 0"})

@@ -122,7 +122,7 @@ def _power(a: Number, b: Number) -> Number:
     if not exact:
         if a < 0:
             raise ToolError(
-                "The power is not a real number: a negative base, a fractional exponent."
+                "The power of a negative number with a fractional exponent is not real."
             )
         return float(a) ** float(b)
     bits = max(part.bit_length() for part in (a.numerator, a.denominator))
