@@ -146,7 +146,7 @@ class LM(Protocol):
     def loglikelihood_rolling(
         self, texts: Sequence[str], progress: Progress | None = None
     ) -> list[float]:
-        """Nats of each whole text, its first token scored after the model's BOS (or EOS)."""
+        """Log-likelihood (nats, <= 0) of each whole text, its first token after BOS (or EOS)."""
         ...
 
     def generate(
