@@ -1,5 +1,6 @@
 """Our decoder on every family's checkpoint = torch's logits (tests/reference/make_goldens.py)."""
 
+import subprocess
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from internjax.data.chat import render, template_for
 from internjax.data.tokenizer import load_tokenizer
+from internjax.models.convert import convert
 from internjax.models.decoder import forward
 from internjax.models.gguf import load_gguf
 from internjax.models.hf import load_hf
@@ -99,3 +101,22 @@ def test_smollm2_reproduces_the_reference(smollm2_gguf):
         np.testing.assert_allclose(np.sort(got[start - 1])[:-4:-1], top, atol=2e-3)
         best = got[start - 1 : start + num_out - 1].argmax(-1)
         assert best.tolist() == row[start : start + num_out].tolist()
+
+
+@pytest.mark.slow
+def test_transformers_reads_what_we_export(request, tmp_path):
+    """Every family's export, in the real transformers, computes the goldens."""
+    root = request.path.parents[1]
+    python = root / ".venv-peers" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("no peers' environment: make peers")
+    for variant, (family, _) in VARIANTS.items():
+        if variant == "internlm3-bias":  # Llama cannot hold biases on q, k, v alone
+            continue
+        layout = "llama" if family.startswith("internlm") else ""
+        src = write_tiny(variant, tmp_path / "src" / variant)
+        convert(src, tmp_path / "out" / variant, to="hf", family=layout)
+    command = [python, "-m", "tests.reference.check_exports", tmp_path / "out"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(run.stdout.splitlines()) == 2 * (len(VARIANTS) - 1)
