@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,5 +84,7 @@ def endpoint(cfg: AgentConfig) -> Iterator[str]:
         yield url
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax agent`
+    from internjax.cli import run
+
+    sys.exit(run(["agent", *sys.argv[1:]]))

@@ -107,5 +107,7 @@ def answer(lm, console: Console, messages: list[dict], params: SamplingParams) -
     return text
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax chat`
+    from internjax.cli import run
+
+    sys.exit(run(["chat", *sys.argv[1:]]))

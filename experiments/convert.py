@@ -3,6 +3,7 @@
 `internjax convert SRC DST`: SRC is a path or a catalogue name, DST a new file or folder.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -55,5 +56,7 @@ def main(raw: DictConfig) -> None:
     )
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax convert`
+    from internjax.cli import run
+
+    sys.exit(run(["convert", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 `internjax evaluate smollm2-135m-instruct tasks=[retention,svamp] limit=100`
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,5 +98,7 @@ def task_table(tasks: Iterable[Task]) -> Table:
     return table
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax evaluate`
+    from internjax.cli import run
+
+    sys.exit(run(["evaluate", *sys.argv[1:]]))

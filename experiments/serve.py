@@ -5,6 +5,7 @@ internjax serve smollm2-135m-instruct serve.port=8000
 
 import dataclasses
 import logging
+import sys
 from dataclasses import dataclass, field
 
 import hydra
@@ -46,5 +47,7 @@ def main(raw: DictConfig) -> None:
     print("stopped.", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the same program as `internjax serve`
+    from internjax.cli import run
+
+    sys.exit(run(["serve", *sys.argv[1:]]))

@@ -23,7 +23,7 @@ def load(name_or_path: str, **options: Any) -> "Model":
 
 
 def pipeline(name_or_path: Any, **options: Any) -> Callable[..., Any]:
-    """Returns a function that answers a prompt or a chat; see `internjax.serve.local.pipeline`."""
-    from internjax.serve.local import pipeline
+    """Returns a function that answers a prompt or a chat; see `internjax.serve.pipeline`."""
+    from internjax.serve.pipeline import pipeline
 
     return pipeline(name_or_path, **options)

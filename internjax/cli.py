@@ -29,8 +29,8 @@ class Verb:
 # A subverb reaches its experiment as the key `action`.
 VERBS: dict[tuple[str, str], Verb] = {
     ("chain", ""): Verb("chain"),
-    ("data", "run"): Verb("data", ("source",)),
-    ("data", "check"): Verb("data", ("source",)),
+    ("data", "run"): Verb("data", ("input", "out")),
+    ("data", "check"): Verb("data", ("input",)),
     ("pretrain", ""): Verb("pretrain", ("model",)),
     ("tune", ""): Verb("tune", ("model",)),
     ("evaluate", ""): Verb("evaluate", ("model",)),

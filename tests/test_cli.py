@@ -175,7 +175,7 @@ def test_positional_and_remaining_words():
     assert cli.parse(["convert", "a b", "c"])[1] == ["src='a b'", "dst='c'"]
     assert cli.parse(["chat", "m", "what", "is", "it?"])[1] == ["model='m'", "prompt='what is it?'"]
     assert cli.parse(["data", "x=1"])[1] == ["action=run", "x=1"]
-    assert cli.parse(["data", "check", "dir"])[1] == ["action=check", "source='dir'"]
+    assert cli.parse(["data", "check", "dir"])[1] == ["action=check", "input='dir'"]
     assert cli.parse(["serve", "/a=b/c", "~x", "+y=1", "-m"])[1:] == (
         ["~x", "+y=1", "model='/a=b/c'"],
         ["-m"],
@@ -220,7 +220,9 @@ def test_every_verb_has_its_experiment_and_root(module):
         pytest.skip(f"{module} is not in this version")
     assert docstring(path)
     assert (CONFIGS / f"{module}.yaml").is_file()
-    assert f'config_name="{module}"' in path.read_text(encoding="utf-8")
+    source = path.read_text(encoding="utf-8")
+    assert f'config_name="{module}"' in source
+    assert f'run(["{module}", *sys.argv[1:]])' in source  # a script is the verb's own program
 
 
 def test_reads_comments_as_they_are_written():
