@@ -1,7 +1,7 @@
 """Tables of scores and comparisons for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
@@ -14,7 +14,7 @@ def score_table(results: Results) -> Table:
     table = _table(f"scores of {results.model}")
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
-    for name in ("score", "± stderr", "95% interval", "baseline", "n"):
+    for name in ("score", "95% CI", "baseline", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("version", style="dim", no_wrap=True)
     for score in results.scores:
@@ -28,9 +28,8 @@ def score_cells(score: Score) -> tuple[str, ...]:
     return (
         score.task,
         score.metric + ("" if score.higher_is_better else " ↓"),
-        show(score.value),
-        show(score.stderr),
-        f"{show(score.low)} … {show(score.high)}",
+        f"{show(score.value)} ±{show(score.stderr).rstrip('%')}",
+        _interval(score.low, score.high, show),
         show(score.baseline),
         str(score.n),
         score.version,
@@ -42,13 +41,13 @@ def comparison_table(comparisons: Sequence[Comparison], before: str, after: str)
     table = _table(f"{before} → {after}")
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
-    for name in ("before", "after", "change", "95% interval", "won / lost", "p", "n"):
+    for name in ("before", "after", "change", "95% CI", "won / lost", "p", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for c in comparisons:
         show = _number if _is_amount(c.metric) else _percent
         changed = f"{c.wins} / {c.losses}" if not math.isnan(c.p_value) else "–"
         p_value = f"{c.p_value:.3f}" if not math.isnan(c.p_value) else "–"
-        interval = f"{show(c.low)} … {show(c.high)}"
+        interval = _interval(c.low, c.high, show)
         figures = (show(c.before), show(c.after), show(c.change), interval, changed, p_value)
         table.add_row(c.task, c.metric, *figures, str(c.n))
     return table
@@ -61,8 +60,12 @@ def _table(title: str) -> Table:
         header_style="bold",
         box=None,
         pad_edge=False,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
     )
+
+
+def _interval(low: float, high: float, show: Callable[[float], str]) -> str:
+    return f"{show(low).rstrip('%')}…{show(high)}"
 
 
 def _is_amount(metric: str) -> bool:
