@@ -169,7 +169,7 @@ def test_the_command_evaluates_a_server_and_compares(lm, tmp_path, capsys):
         assert "retention_choices" in said and "25.0%" in said and "identity" in said
         against = f"against={tmp_path / 'one' / 'results.json'}"
         assert cli([*line, "limit=12", against]) == 0
-        assert "0 / 0" in capsys.readouterr().out
+        assert "0/0" in capsys.readouterr().out
         assert cli([*line, "limit=11", against]) == 2
         assert "use the same limit and seed" in capsys.readouterr().err
 

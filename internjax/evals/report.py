@@ -41,15 +41,15 @@ def comparison_table(comparisons: Sequence[Comparison], before: str, after: str)
     table = _table(f"{before} → {after}")
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
-    for name in ("before", "after", "change", "95% CI", "won / lost", "p", "n"):
+    for name in ("before", "after", "change", "95% CI", "won/lost", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for c in comparisons:
         show = _number if _is_amount(c.metric) else _percent
-        changed = f"{c.wins} / {c.losses}" if not math.isnan(c.p_value) else "–"
+        changed = f"{c.wins}/{c.losses}" if not math.isnan(c.p_value) else "–"
         p_value = f"{c.p_value:.3f}" if not math.isnan(c.p_value) else "–"
         interval = _interval(c.low, c.high, show)
         figures = (show(c.before), show(c.after), show(c.change), interval, changed, p_value)
-        table.add_row(c.task, c.metric, *figures, str(c.n))
+        table.add_row(c.task, c.metric, *figures)
     return table
 
 
