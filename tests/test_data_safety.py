@@ -49,6 +49,9 @@ def test_personal_data_is_masked(text: str, masked: str):
         "127.0.0.1, 10.0.0.1, 192.168.1.1, ::1, fe80::1, 224.0.0.1, 192.0.2.7, 0.0.0.0",
         "version 1.2.3.400, section 8.8.8.8.8, time 12:34:56, a::b::c",
         "JAX 0.12.0.1 and numpy 2.5.5",
+        "Debian Policy version 4.6.2.0, policy 2.2.0.0, zlib 1:1.2.3.3.dfsg-1",
+        "8.6.3.1. The symbols file\n* 5.6.31.2 Remarks",
+        "driver version 91.198.174.192",
         "on 2024-05-31 at 10:30:00, 2024/05/31, 31.05.2024",
         "x = 1234567890; loss 0.123456789012",
         "2147483648 bytes, 49152 tokens, 1415926535897932",
@@ -102,7 +105,7 @@ def test_only_public_addresses_are_masked(address):
 @given(st.text(), st.text())
 @example("", "4111 1111 1111 1111")
 def test_masking_twice_changes_nothing_and_counts_are_true(before: str, after: str):
-    text = f"{before} jane@mail.de 8.8.8.8 {after}"
+    text = f"{before} jane@mail.de 91.198.174.192 {after}"
     masked, counts = mask_pii(text)
     assert "jane@mail.de" not in masked
     assert sum(counts.values()) >= len(find_pii(text)) >= 2
@@ -113,7 +116,7 @@ def test_masking_twice_changes_nothing_and_counts_are_true(before: str, after: s
 
 
 def test_kinds_can_be_chosen():
-    text = "a@b.de 8.8.8.8"
+    text = "a@b.de 91.198.174.192"
     assert mask_pii(text, ["ip"])[0] == "a@b.de [IP]"
     assert mask_pii(text, []) == (text, {})
     with pytest.raises(UserError, match=r"'mail'.*email"):
