@@ -115,6 +115,14 @@ def test_masking_twice_changes_nothing_and_counts_are_true(before: str, after: s
     assert (again, more) == (masked, {})
 
 
+def test_a_tag_is_no_hint_and_a_link_is_none_for_what_follows_it():
+    text = "see http://8.8.8.8/x and (http://lists.org/) 12.2.1.1. Rules"
+    assert mask_pii(text) == (
+        "see http://[IP]/x and (http://lists.org/) 12.2.1.1. Rules",
+        {"ip": 1},
+    )
+
+
 def test_kinds_can_be_chosen():
     text = "a@b.de 91.198.174.192"
     assert mask_pii(text, ["ip"])[0] == "a@b.de [IP]"

@@ -35,7 +35,7 @@ CHINA_ID = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z])")
 IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\w)")
 # What stands within 40 characters before an address, and before a version or section number.
 NETWORK = re.compile(
-    r"\b(ip|address|hosts?|servers?|dns|gateway|ping|ssh|from|route|client|peer|network)\b"
+    r"\b(?<!\[)(ip|address|hosts?|servers?|dns|gateway|ping|ssh|from|route|client|peer|network)\b"
     r"|://[^\s/]*$|地址|服务器|主机",
     re.I,
 )
