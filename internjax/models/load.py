@@ -1,5 +1,6 @@
 """`load`: a published name or a path becomes config, parameters, tokenizer and chat template."""
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from internjax.data.chat import ChatTemplate, template_for
 from internjax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from internjax.errors import Missing
 from internjax.models.config import ModelConfig
-from internjax.models.convert import read_model
+from internjax.models.convert import model_path, read_model
 from internjax.tree import Params
 
 
@@ -49,12 +50,16 @@ def resolve(name_or_path: str | Path) -> Path:
 def load(name_or_path: str | Path, *, dtype: str = "float32") -> Model:
     """Loads a model of any format: Hugging Face folder, GGUF file or our own folder.
 
+    A model of the catalogue carries its published name, others what their files call them.
+
     Args:
       dtype: of the stored floating-point weights and of the computation.
     """
-    path = resolve(name_or_path)
+    path = model_path(resolve(name_or_path))
     cfg, host = read_model(path, dtype=dtype)
+    name = cfg.name if Path(name_or_path).expanduser().exists() else str(name_or_path)
+    cfg = dataclasses.replace(cfg, name=name, dtype=dtype)
     tokenizer = load_tokenizer(path)
     check_vocab(tokenizer, cfg.vocab_size)
     params = jax.tree.map(jnp.asarray, host)
-    return Model(cfg, params, tokenizer, template_for(path), path)
+    return Model(cfg, params, tokenizer, template_for(path, tokenizer), path)

@@ -6,6 +6,7 @@ is `checkpoint.py`'s; this folder is what `convert`, merging and export hand on.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 from internjax.errors import Corrupt, Missing, UserError
 from internjax.models.config import ModelConfig, RopeConfig
 from internjax.models.folders import save_tokenizer, whole
-from internjax.models.layouts import checkpoint_tensors, read_params, tree_layout
+from internjax.models.layouts import Tensor, checkpoint_tensors, read_params, tree_layout
 from internjax.models.safetensors_file import SHARD_BYTES, open_tensors, read_json, write_tensors
-from internjax.tree import Params, stack_layers
+from internjax.tree import Params, flatten, stack_layers, unflatten
+from internjax.weights import QuantWeight
 
 FORMAT = 1
+PARTS = ("values", "scales", "zeros")
 
 
 def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
@@ -29,15 +32,17 @@ def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Param
     folder = Path(path)
     cfg = config_from_json(_record(folder).get("config"), where=f"{folder}/model.json")
     tensors = open_tensors(folder, "params")
+    packed = _packed(_record(folder).get("quantized", {}), tensors, where=str(folder))
     params = read_params(
-        tree_layout(cfg),
+        [entry for entry in tree_layout(cfg) if entry.paths[0] not in packed],
         cfg,
         tensors,
         lambda name: tensors[name].read(),
         where=str(folder),
         dtype=None if dtype is None else np.dtype(dtype),
+        ignore=lambda name: name.rpartition("/")[0] in packed,
     )
-    return cfg, params
+    return cfg, unflatten(flatten(params) | packed)
 
 
 def save_native(
@@ -55,16 +60,51 @@ def save_native(
       tokenizer: folder whose tokenizer files are copied byte for byte, or a Tokenizer to save.
       upstream: the `config.json` that the model came with, kept for the way back.
 
-    Raises: UserError when the folder is there already, or a leaf is no plain array.
+    Quantized weights go to disk as they are: their arrays as `path/values` and so on.
+
+    Raises: UserError when the folder is there already, or a leaf carries an adapter.
     """
-    tensors = checkpoint_tensors(tree_layout(cfg), cfg, stack_layers(params))
-    record = {"format": FORMAT, "config": dataclasses.asdict(cfg), "upstream": upstream or {}}
+    params = stack_layers(params)
+    packed = {p: w for p, w in flatten(params).items() if isinstance(w, QuantWeight)}
+    layout = [entry for entry in tree_layout(cfg) if entry.paths[0] not in packed]
+    tensors = checkpoint_tensors(layout, cfg, params)
+    tensors += [
+        _tensor(f"{p}/{part}", getattr(w, part)) for p, w in packed.items() for part in PARTS
+    ]
+    record = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(cfg),
+        "upstream": upstream or {},
+        "quantized": {
+            p: {"in_shape": w.in_shape, "out_shape": w.out_shape} for p, w in packed.items()
+        },
+    }
     with whole(path) as folder:
         folder.mkdir()
         save_tokenizer(tokenizer, folder)
         write_tensors(folder, "params", tensors, shard_bytes)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (folder / "model.json").write_text(text, encoding="utf-8")
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    return Tensor(name, tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
+
+
+def _packed(record: Any, tensors: dict[str, Any], *, where: str) -> dict[str, QuantWeight]:
+    """Reads the quantized weights that model.json names; damaged shapes are refused."""
+    found = {}
+    for path, shapes in record.items():
+        lacking = [part for part in PARTS if f"{path}/{part}" not in tensors]
+        if lacking:
+            raise Corrupt(f"{where}: {path} lacks {', '.join(lacking)}.")
+        arrays = {part: tensors[f"{path}/{part}"].read() for part in PARTS}
+        ins, outs = tuple(shapes["in_shape"]), tuple(shapes["out_shape"])
+        whole_shape = (2 * arrays["values"].shape[-2], arrays["values"].shape[-1])
+        if whole_shape != (math.prod(ins), math.prod(outs)):
+            raise Corrupt(f"{where}: {path} holds {whole_shape}, model.json says {ins} x {outs}.")
+        found[path] = QuantWeight(**arrays, in_shape=ins, out_shape=outs)
+    return found
 
 
 def read_upstream(folder: str | Path) -> dict[str, Any]:

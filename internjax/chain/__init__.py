@@ -1,0 +1,1 @@
+"""The seeds' flow from model to application: one file a stage, gates between them, the chain."""
