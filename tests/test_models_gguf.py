@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from internjax.errors import Corrupt, Missing, UserError
 from internjax.models.config import RopeConfig
 from internjax.models.gguf import load_gguf
+from internjax.models.gguf_blocks import BLOCKS, PLAIN, decode, encode
 from internjax.models.gguf_export import QUANTS, save_gguf
-from internjax.models.gguf_file import READABLE, open_gguf
+from internjax.models.gguf_file import open_gguf
 from internjax.models.hf import load_hf
 from internjax.tree import flatten
 from tests.reference.tiny import VARIANTS, write_tiny
@@ -130,6 +131,39 @@ def test_k_quants_equal_a_scalar_decoder(kind, tmp_path):
     np.testing.assert_allclose(got, np.array(want).reshape(3, 512), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", sorted(set(BLOCKS) - set(PLAIN)))
+def test_random_blocks_decode_as_the_reference_does(kind):
+    """Every byte pattern, infinite and NaN scales too: the same float32 bits as ggml's package."""
+    block = BLOCKS[kind]
+    assert gguf.GGMLQuantizationType[kind] == block.number
+    raw = np.random.default_rng(5).integers(0, 256, (4000, block.fields.itemsize), np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        want = getattr(gguf.quants, kind).dequantize_rows(raw)
+        got = decode(kind, raw.reshape(-1), want.shape)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("quant", sorted(QUANTS))
+def test_our_file_reads_elsewhere(quant, tmp_path):
+    """ggml's own reader finds our keys, types, shapes, offsets and numbers."""
+    cfg, params = _random_model(1)
+    keys = {"tokenizer.ggml.tokens": ["a", "乙", ""], "tokenizer.ggml.merges": []}
+    keys |= {"tokenizer.ggml.scores": [0.5, -1.0, 0.0], "tokenizer.ggml.token_type": [1, 1, 3]}
+    keys["tokenizer.ggml.add_bos_token"] = True
+    save_gguf(tmp_path / "x.gguf", cfg, params, keys, quant=quant)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    for key, value in keys.items():
+        assert reader.get_field(key).contents() == value, key
+    assert reader.get_field("general.architecture").contents() == "llama"
+    assert reader.get_field("general.file_type").contents() == QUANTS[quant][2]
+    assert reader.get_field("llama.block_count").contents() == cfg.num_layers
+    ours = open_gguf(tmp_path / "x.gguf")
+    assert [t.name for t in reader.tensors] == list(ours.tensors)
+    for t in reader.tensors:
+        theirs = gguf.quants.dequantize(t.data, t.tensor_type)
+        np.testing.assert_array_equal(ours.read(t.name).astype(np.float32), theirs, t.name)
+
+
 def _random_model(seed, scale=0.1):
     """A tiny model's config and parameters, scaled."""
     import tempfile
@@ -178,10 +212,8 @@ def test_export_reads_back(quant, seed, exponent, tmp_path_factory):
 )
 def test_encoders_stay_within_their_bound(blocks, kind, tmp_path_factory):
     """Half a step a value, plus what float16 loses of the step and of the minimum."""
-    from internjax.models.gguf_export import _encode
-
     x = np.array(blocks, np.float32)
-    raw = _encode(x, gguf.GGMLQuantizationType[kind])
+    raw = encode(kind, x).reshape(len(x), -1)
     got = getattr(gguf.quants, kind).dequantize_rows(raw)
     largest = np.abs(x).max(1, keepdims=True)
     spread = x.max(1, keepdims=True) - x.min(1, keepdims=True)
@@ -230,7 +262,7 @@ def test_missing_foreign_and_unknown_files(tmp_path):
     writer.close()
     with pytest.raises(UserError, match="'bert'; legal are llama"):
         load_gguf(tmp_path / "bert.gguf")
-    with pytest.raises(UserError, match=f"format IQ4_NL; formats read: {', '.join(READABLE)}"):
+    with pytest.raises(UserError, match=f"number 20; formats read: {', '.join(BLOCKS)}"):
         raw = np.zeros((1, 18), np.uint8)
         _one_tensor(tmp_path / "iq.gguf", "IQ4_NL", raw, 32)
 

@@ -2,31 +2,31 @@
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.models.folders import whole
 from internjax.models.gguf import ARCHITECTURES, OWN_KEY, rope_stretch
+from internjax.models.gguf_blocks import BLOCKS, encode, num_bytes
 from internjax.models.layouts import Tensor, checkpoint_tensors, gguf_layout
 from internjax.tree import Params
 
-# quant -> block format of matrices, of embedding and head, the file's type in its header.
+# quant -> block format of matrices, of embedding and head, llama.cpp's number for such a file.
 QUANTS = {
-    "f32": ("F32", "F32", LlamaFileType.ALL_F32),
-    "f16": ("F16", "F16", LlamaFileType.MOSTLY_F16),
-    "bf16": ("BF16", "BF16", LlamaFileType.MOSTLY_BF16),
-    "q8_0": ("Q8_0", "Q8_0", LlamaFileType.MOSTLY_Q8_0),
-    "q4_1": ("Q4_1", "Q8_0", LlamaFileType.MOSTLY_Q4_1),
+    "f32": ("F32", "F32", 0),
+    "f16": ("F16", "F16", 1),
+    "bf16": ("BF16", "BF16", 32),
+    "q8_0": ("Q8_0", "Q8_0", 7),
+    "q4_1": ("Q4_1", "Q8_0", 3),
 }
 _LOSSLESS = {"f32": ("float32", "float16", "bfloat16"), "f16": ("float16",), "bf16": ("bfloat16",)}
-_BLOCK = 32
-_TINY = 1e-30
+_ALIGNMENT = 32  # bytes; what a reader assumes where the header names none
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # types of metadata values
 
 
 def save_gguf(
@@ -60,15 +60,10 @@ def save_gguf(
     if cfg.rope.kind == "llama3":
         freqs = rope_stretch(cfg).astype(np.float32)
         tensors.append(Tensor("rope_freqs.weight", freqs.shape, freqs.dtype, lambda: freqs))
-    with whole(path) as partial:
-        writer = GGUFWriter(partial, arch)
-        meta = _metadata(cfg, arch, quant) | {OWN_KEY: json.dumps(own)}
-        for key, value in (meta | (tokenizer_metadata or {})).items():
-            _add(writer, key, value)
-        try:
-            _write(writer, tensors, quant)
-        finally:
-            writer.close()
+    meta = {"general.architecture": arch} | _metadata(cfg, arch, quant)
+    meta |= {OWN_KEY: json.dumps(own)} | (tokenizer_metadata or {})
+    with whole(path) as partial, partial.open("wb") as file:
+        _write(file, meta, tensors, quant)
 
 
 def architecture(cfg: ModelConfig) -> str:
@@ -83,7 +78,7 @@ def _metadata(cfg: ModelConfig, arch: str, quant: str) -> dict[str, Any]:
     general = {
         "general.name": cfg.name,
         "general.basename": cfg.family,
-        "general.file_type": int(QUANTS[quant][2]),
+        "general.file_type": QUANTS[quant][2],
         "general.quantization_version": 2,
     }
     shape = {
@@ -108,48 +103,60 @@ def _metadata(cfg: ModelConfig, arch: str, quant: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in shape.items()}
 
 
-def _add(writer: GGUFWriter, key: str, value: bool | int | float | str | list) -> None:
-    """Adds one key in the type that readers expect of it."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
-
-
-def _write(writer: GGUFWriter, tensors: list[Tensor], quant: str) -> None:
+def _write(file: BinaryIO, meta: dict[str, Any], tensors: list[Tensor], quant: str) -> None:
     """Writes header and tensors; each is built, encoded and written before the next."""
     kinds = [_kind(t, quant) for t in tensors]
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(meta))]
+    head += [_string(key) + _typed(value) for key, value in meta.items()]
+    offset = 0
     for t, kind in zip(tensors, kinds, strict=True):
-        num_bytes = int(np.prod(quant_shape_to_byte_shape(t.shape, kind), dtype=np.int64))
-        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), num_bytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+        dims = struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *t.shape[::-1])
+        head.append(_string(t.name) + dims + struct.pack("<IQ", BLOCKS[kind].number, offset))
+        offset += _padded(num_bytes(kind, t.shape))
+    file.write(b"".join(head))
+    file.write(bytes(_padded(file.tell()) - file.tell()))
     for t, kind in zip(tensors, kinds, strict=True):
-        writer.write_tensor_data(_encode(t.make(), kind))
+        data = encode(kind, t.make())
+        file.write(np.ascontiguousarray(data).view(np.uint8).data)
+        file.write(bytes(_padded(data.nbytes) - data.nbytes))
 
 
-def _kind(t: Tensor, quant: str) -> GGMLQuantizationType:
+def _kind(t: Tensor, quant: str) -> str:
     matrix, outer, _ = QUANTS[quant]
     if len(t.shape) == 1:
-        return GGMLQuantizationType.F32
-    name = outer if t.name in ("token_embd.weight", "output.weight") else matrix
-    if name.startswith("Q") and t.shape[-1] % _BLOCK:
-        name = "F16"
-    return GGMLQuantizationType[name]
+        return "F32"
+    kind = outer if t.name in ("token_embd.weight", "output.weight") else matrix
+    return "F16" if t.shape[-1] % BLOCKS[kind].values else kind
 
 
-def _encode(x: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    if kind == GGMLQuantizationType.F16:
-        return x.astype(np.float16)
-    x = x.astype(np.float32)
-    if kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1):
-        # Far below float16's smallest step, yet 1 / step would overflow in the encoder.
-        x = np.where(np.abs(x) < _TINY, np.float32(0), x)
-    return quantize(np.ascontiguousarray(x), kind)
+def _typed(value: bool | int | float | str | list) -> bytes:
+    """A metadata value behind its type, in the types that readers expect of our keys."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _UINT32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", _FLOAT32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    return struct.pack("<I", _ARRAY) + _items(value)
+
+
+def _items(values: list) -> bytes:
+    """An array behind the type of its items and their number: all text, all int or all float."""
+    if not values or isinstance(values[0], str):
+        kind, data = _STRING, b"".join(map(_string, values))
+    elif isinstance(values[0], int):
+        kind, data = _INT32, np.asarray(values, "<i4").tobytes()
+    else:
+        kind, data = _FLOAT32, np.asarray(values, "<f4").tobytes()
+    return struct.pack("<IQ", kind, len(values)) + data
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

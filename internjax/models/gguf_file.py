@@ -1,8 +1,4 @@
-"""Reads GGUF files: the header at once, tensors one at a time (format: ggml docs, gguf.md).
-
-A reader of its own because the `gguf` package makes one array a token (3 s to open a file with
-49k tokens, 0.1 s here) and meets damaged files with tracebacks. The block formats are its own.
-"""
+"""Reads GGUF files: the header at once, tensors one at a time (format: ggml docs, gguf.md)."""
 
 import mmap
 import struct
@@ -10,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from internjax.errors import Corrupt, Missing, UserError
+from internjax.models.gguf_blocks import BLOCKS, PLAIN, decode, num_bytes
 
 _SCALARS = {
     0: "B",
@@ -30,8 +25,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-READABLE = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_KINDS = {block.number: kind for kind, block in BLOCKS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class GgufTensor:
     @property
     def dtype(self) -> np.dtype:
         """dtype after reading: as stored for plain formats, float32 for quantized ones."""
-        return np.dtype(_PLAIN.get(self.kind, np.float32))
+        return np.dtype(PLAIN.get(self.kind, np.float32))
 
 
 @dataclass(frozen=True)
@@ -65,17 +59,7 @@ class GgufFile:
             raw = np.fromfile(f, np.uint8, info.num_bytes)
         if raw.size != info.num_bytes:
             raise Corrupt(f"{self.path}: tensor {name} is cut short; fetch the file again.")
-        if info.kind in _PLAIN:
-            return raw.view(_PLAIN[info.kind]).reshape(info.shape)
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[info.kind]]
-        rows = raw.reshape(-1, info.shape[-1] // block * size)
-        out = np.empty((len(rows), info.shape[-1]), np.float32)
-        # quants.dequantize takes 16 rows at a time, which is twice as slow for small models.
-        decode = getattr(quants, info.kind).dequantize_rows
-        step = max(1, 2**16 // info.shape[-1])  # 256 kB of float32: stays in the cache
-        for i in range(0, len(rows), step):
-            out[i : i + step] = decode(rows[i : i + step])
-        return out.reshape(info.shape)
+        return decode(info.kind, raw, info.shape)
 
 
 def open_gguf(path: str | Path) -> GgufFile:
@@ -121,22 +105,22 @@ def _tensor_info(cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
 
 def _locate(path, name, shape, kind_id, offset, start, size) -> GgufTensor:
     """Turns a tensor's header entry into absolute bytes and checks that they are in the file."""
-    kind = GGMLQuantizationType(kind_id).name if kind_id in list(GGMLQuantizationType) else kind_id
-    if kind not in READABLE:
+    if kind_id not in _KINDS:
         raise UserError(
-            f"{path}: tensor {name} has format {kind}; formats read: {', '.join(READABLE)}."
+            f"{path}: tensor {name} has the format of number {kind_id}; formats read:"
+            f" {', '.join(BLOCKS)}."
         )
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    elements = int(np.prod(shape, dtype=object)) if shape else 1
-    if shape and shape[-1] % block:
-        raise Corrupt(f"{path}: rows of {name} ({shape[-1]}) are no whole {kind} blocks.")
-    num_bytes = elements // block * block_bytes
-    if start + offset + num_bytes > size:
+    kind = _KINDS[kind_id]
+    block = BLOCKS[kind].values
+    if block > 1 and (not shape or shape[-1] % block):
+        raise Corrupt(f"{path}: rows of {name} {shape} are no whole {kind} blocks.")
+    size_here = num_bytes(kind, shape)
+    if start + offset + size_here > size:
         raise Corrupt(
-            f"{path}: is cut short: tensor {name} ends at byte {start + offset + num_bytes},"
+            f"{path}: is cut short: tensor {name} ends at byte {start + offset + size_here},"
             f" the file at {size}; fetch it again."
         )
-    return GgufTensor(kind, shape, start + offset, num_bytes)
+    return GgufTensor(kind, shape, start + offset, size_here)
 
 
 class _Cursor:
