@@ -139,7 +139,7 @@ def test_a_group_is_chosen_by_name(probe, capsys):
         (["probe", "optim.steps=[1"], "optim.steps='[1' is not a whole number."),
         (["probe", "a", "b"], "'b' is one argument too many: internjax probe takes MODEL"),
         (["catalog", "gett"], "no subverb 'gett': did you mean `internjax catalog get`?"),
-        (["bench"], "internjax bench needs a subverb: decode, serve, kernels."),
+        (["bench"], "internjax bench needs a subverb: decode, serve."),
         (["bench", "decod"], "did you mean `internjax bench decode`?"),
     ],
 )
