@@ -6,8 +6,7 @@ Mesh axes are explicit (JAX's sharding in types): a sharding mistake is an error
 from dataclasses import dataclass, fields
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from internjax.errors import UserError
 
