@@ -18,10 +18,9 @@ from internjax.models.folders import save_tokenizer, whole
 from internjax.models.layouts import Tensor, checkpoint_tensors, read_params, tree_layout
 from internjax.models.safetensors_file import SHARD_BYTES, open_tensors, read_json, write_tensors
 from internjax.tree import Params, flatten, stack_layers, unflatten
-from internjax.weights import QuantWeight
+from internjax.weights import LoraWeight, QuantWeight
 
 FORMAT = 1
-PARTS = ("values", "scales", "zeros")
 
 
 def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
@@ -32,17 +31,19 @@ def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Param
     folder = Path(path)
     cfg = config_from_json(_record(folder).get("config"), where=f"{folder}/model.json")
     tensors = open_tensors(folder, "params")
-    packed = _packed(_record(folder).get("quantized", {}), tensors, where=str(folder))
+    read = lambda name: tensors[name].read()  # noqa: E731
+    described = _record(folder).get("weights", {})
+    special = {p: _read_weight(kind, read, p, str(folder)) for p, kind in described.items()}
     params = read_params(
-        [entry for entry in tree_layout(cfg) if entry.paths[0] not in packed],
+        [entry for entry in tree_layout(cfg) if entry.paths[0] not in special],
         cfg,
         tensors,
-        lambda name: tensors[name].read(),
+        read,
         where=str(folder),
         dtype=None if dtype is None else np.dtype(dtype),
-        ignore=lambda name: name.rpartition("/")[0] in packed,
+        ignore=lambda name: any(name.startswith(f"{path}/") for path in special),
     )
-    return cfg, unflatten(flatten(params) | packed)
+    return cfg, unflatten(flatten(params) | special)
 
 
 def save_native(
@@ -60,24 +61,21 @@ def save_native(
       tokenizer: folder whose tokenizer files are copied byte for byte, or a Tokenizer to save.
       upstream: the `config.json` that the model came with, kept for the way back.
 
-    Quantized weights go to disk as they are: their arrays as `path/values` and so on.
+    Quantized weights and adapters go to disk as they are, their arrays as `path/values` and so on.
 
-    Raises: UserError when the folder is there already, or a leaf carries an adapter.
+    Raises: UserError when the folder is there already.
     """
     params = stack_layers(params)
-    packed = {p: w for p, w in flatten(params).items() if isinstance(w, QuantWeight)}
-    layout = [entry for entry in tree_layout(cfg) if entry.paths[0] not in packed]
+    special = {p: w for p, w in flatten(params).items() if isinstance(w, (LoraWeight, QuantWeight))}
+    layout = [entry for entry in tree_layout(cfg) if entry.paths[0] not in special]
     tensors = checkpoint_tensors(layout, cfg, params)
-    tensors += [
-        _tensor(f"{p}/{part}", getattr(w, part)) for p, w in packed.items() for part in PARTS
-    ]
+    for leaf, weight in special.items():
+        tensors += [_tensor(f"{leaf}/{part}", array) for part, array in _arrays(weight).items()]
     record = {
         "format": FORMAT,
         "config": dataclasses.asdict(cfg),
         "upstream": upstream or {},
-        "quantized": {
-            p: {"in_shape": w.in_shape, "out_shape": w.out_shape} for p, w in packed.items()
-        },
+        "weights": {leaf: _describe(weight) for leaf, weight in special.items()},
     }
     with whole(path) as folder:
         folder.mkdir()
@@ -91,20 +89,41 @@ def _tensor(name: str, array: Any) -> Tensor:
     return Tensor(name, tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
 
 
-def _packed(record: Any, tensors: dict[str, Any], *, where: str) -> dict[str, QuantWeight]:
-    """Reads the quantized weights that model.json names; damaged shapes are refused."""
-    found = {}
-    for path, shapes in record.items():
-        lacking = [part for part in PARTS if f"{path}/{part}" not in tensors]
-        if lacking:
-            raise Corrupt(f"{where}: {path} lacks {', '.join(lacking)}.")
-        arrays = {part: tensors[f"{path}/{part}"].read() for part in PARTS}
-        ins, outs = tuple(shapes["in_shape"]), tuple(shapes["out_shape"])
-        whole_shape = (2 * arrays["values"].shape[-2], arrays["values"].shape[-1])
-        if whole_shape != (math.prod(ins), math.prod(outs)):
-            raise Corrupt(f"{where}: {path} holds {whole_shape}, model.json says {ins} x {outs}.")
-        found[path] = QuantWeight(**arrays, in_shape=ins, out_shape=outs)
-    return found
+def _arrays(weight: Any) -> dict[str, Any]:
+    """Names the arrays of a weight that is no plain array; those of a base lie under "base"."""
+    if isinstance(weight, QuantWeight):
+        return {part: getattr(weight, part) for part in ("values", "scales", "zeros")}
+    if isinstance(weight, LoraWeight):
+        base = {f"base/{part}": x for part, x in _arrays(weight.base).items()}
+        return base | {"a": weight.a, "b": weight.b}
+    return {"array": weight}
+
+
+def _describe(weight: Any) -> dict[str, Any]:
+    """What model.json says of a weight beside its arrays."""
+    if isinstance(weight, QuantWeight):
+        return {"kind": "int4", "in_shape": weight.in_shape, "out_shape": weight.out_shape}
+    if isinstance(weight, LoraWeight):
+        return {"kind": "lora", "scale": weight.scale, "base": _describe(weight.base)}
+    return {"kind": "array"}
+
+
+def _read_weight(record: Any, read: Any, path: str, where: str) -> Any:
+    """Builds a weight from its description and its arrays; damaged ones are refused."""
+    try:
+        if record["kind"] == "array":
+            return read(f"{path}/array")
+        if record["kind"] == "lora":
+            base = _read_weight(record["base"], read, f"{path}/base", where)
+            return LoraWeight(base, read(f"{path}/a"), read(f"{path}/b"), float(record["scale"]))
+        arrays = {part: read(f"{path}/{part}") for part in ("values", "scales", "zeros")}
+        ins, outs = tuple(record["in_shape"]), tuple(record["out_shape"])
+        *_, half, columns = arrays["values"].shape
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"{where}: {path} is damaged or incomplete ({error!r}).") from error
+    if (2 * half, columns) != (math.prod(ins), math.prod(outs)):
+        raise Corrupt(f"{where}: {path} is {2 * half} x {columns}, model.json says {ins} x {outs}.")
+    return QuantWeight(**arrays, in_shape=ins, out_shape=outs)
 
 
 def read_upstream(folder: str | Path) -> dict[str, Any]:

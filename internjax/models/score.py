@@ -16,26 +16,24 @@ def token_logprobs(
     cfg: ModelConfig,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
     """Returns log p(token t+1 | tokens <= t), natural, and whether it was the likeliest; S = T - 1.
 
-    The vocabulary is expanded for `chunk` positions at a time, so `[B, T, V]` is never held.
+    The vocabulary is expanded for `chunk` tokens at a time, so `[B, T, V]` is never held.
     """
     x = hidden(params, tokens, cfg, segment_ids=segment_ids)[:, :-1]
-    targets = tokens[:, 1:]
     B, S, D = x.shape
-    pad = -S % chunk
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, chunk, D)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, -1, chunk)
+    pad = -B * S % chunk
+    states = jnp.pad(x.reshape(B * S, D), ((0, pad), (0, 0))).reshape(-1, chunk, D)
+    targets = jnp.pad(tokens[:, 1:].reshape(B * S), (0, pad)).reshape(-1, chunk)
 
     def score(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         states, target = piece
         logits = unembed(params, states, cfg)
-        at_target = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         logprob = at_target - jax.nn.logsumexp(logits, axis=-1)
         return logprob, at_target >= logits.max(axis=-1)
 
-    logprobs, greedy = lax.map(score, (x.swapaxes(0, 1), targets.swapaxes(0, 1)))
-    unchunk = lambda y: y.swapaxes(0, 1).reshape(B, -1)[:, :S]  # noqa: E731
-    return unchunk(logprobs), unchunk(greedy)
+    logprobs, greedy = lax.map(score, (states, targets))
+    return logprobs.reshape(-1)[: B * S].reshape(B, S), greedy.reshape(-1)[: B * S].reshape(B, S)
