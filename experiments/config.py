@@ -53,6 +53,15 @@ def build[T](cls: type[T], raw: Any, path: str = "") -> T:
         raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
+def part[T](cls: type[T], cfg: T) -> T:
+    """Returns the part of `cfg` that belongs to `cls`, one of its parents.
+
+    A verb's keys are those of the library's config and its own in one row; the library gets its
+    own only.
+    """
+    return cls(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(cls)})
+
+
 def nearest(word: str, legal: Iterable[str]) -> str | None:
     """Returns the legal dotted path most like `word`; the last part of a path counts by itself."""
 

@@ -63,6 +63,7 @@ def produce(
     code_version: str = "1",
     reuse: bool = True,
     verify: bool = False,
+    out: Path | None = None,
 ) -> Artefact:
     """Makes an artefact, or finds the one made before from the same things.
 
@@ -76,17 +77,20 @@ def produce(
         code_version: raise it when the code makes something else from the same config.
         reuse: False makes it again even if it is there.
         verify: also reads all files of an artefact found, and makes it again if one has changed.
+        out: the folder to make instead of `store/<key>`; one that holds anything else is refused.
     """
     store = Path(store)
     config = canonical(config, "config")
     sources = {name: _describe(store, value) for name, value in sorted(inputs.items())}
     key = _key(kind, code_version, config, sources)
-    final = store / key
+    final = store / key if out is None else Path(out)
+    if out is not None:
+        _check_free(final, key)
     if reuse and (found := _find(final, verify=verify)):
         log.info("skipped %s %s: made before from the same config and inputs", kind, key[:12])
         return dataclasses.replace(found, reused=True)
-    store.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(store)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(final.parent)
     temporary.mkdir()
     try:
         started = time.perf_counter()
@@ -110,7 +114,7 @@ def produce(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"no space left in {store}: the unfinished {kind} was removed"
+                f"no space left in {final.parent}: the unfinished {kind} was removed"
             ) from None
         raise
     finally:
@@ -178,7 +182,7 @@ def verify_chain(cards: Iterable[Mapping[str, Any]]) -> None:
 def sweep(store: Path) -> list[Path]:
     """Removes the remains of processes of this machine that ended without cleaning up."""
     removed = []
-    for path in Path(store).glob(f".tmp-*@{socket.gethostname()}"):
+    for path in Path(store).glob(f".tmp-[0-9]*-*@{socket.gethostname()}"):
         pid = int(path.name.split("-")[1])
         if not _alive(pid):
             shutil.rmtree(path)
@@ -254,6 +258,14 @@ def _describe(store: Path, value: Artefact | Path) -> dict[str, Any]:
     member = "" if member == "." else member
     inside = f"{owner.key}/{member}".rstrip("/")
     return {"sha256": sha256, "key": owner.key, "member": member, "path": inside}
+
+
+def _check_free(out: Path, key: str) -> None:
+    """Refuses a folder with anything in it but the artefact of `key`: nothing is overwritten."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if (out / CARD).is_file() and load_artefact(out).key == key:
+            return
+        raise UserError(f"{out}: is there already and not empty; remove it or name another out=.")
 
 
 def _temporary(store: Path) -> Path:

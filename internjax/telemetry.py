@@ -1,6 +1,7 @@
 """What a run tells while it runs: one JSON line a step and a progress bar for people."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -47,16 +48,19 @@ class StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._bar.stop()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._bar.stop()
+            self._file.close()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics (arrays or numbers) of the update that led to `step`."""
-        self._flush()
+        self.flush()
         self._pending = (step, metrics)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Waits for the newest step and writes its line; then no crash of the process loses it."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -65,7 +69,7 @@ class StepLog:
         record["seconds"], self._clock = now - self._clock, now
         if "num_tokens" in record:
             record["tokens_per_second"] = record["num_tokens"] / record["seconds"]
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
         self.records.append(record)
         shown = f"loss {record['loss']:.3f}" if "loss" in record else ""
@@ -80,8 +84,17 @@ class StepLog:
             return
         lines = [_parsed(line) for line in self._path.read_text(encoding="utf-8").split("\n")]
         self.records = [r for r in lines if r is not None and r["step"] <= step]
-        text = "".join(json.dumps(r) + "\n" for r in self.records)
-        self._path.write_text(text, encoding="utf-8")
+        half = self._path.with_name(f".{self._path.name}.half")
+        half.write_text("".join(_line(r) for r in self.records), encoding="utf-8")
+        half.replace(self._path)  # dying here must not lose the lines of the steps before
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Formats a record; JSON has no NaN or infinity, so these become null."""
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+    return json.dumps(plain) + "\n"
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ class LoraWeight:
     """A weight with a low-rank correction: x w + scale * (x a) b (arXiv:2106.09685).
 
     Fields:
-      base: array or QuantWeight, `[..., in, out]`.
+      base: array, QuantWeight or another LoraWeight, `[..., in, out]`.
       a: `[..., in, R]`; b: `[..., R, out]`; with in and out the dims of the einsum it serves.
       scale: alpha / rank.
     """
@@ -82,8 +82,9 @@ def lora_delta(w: LoraWeight, dtype) -> Array:
 
 def _num_in(w: LoraWeight) -> int:
     """Returns how many dims are contracted: total dims of base are lead + in + out."""
-    base_ndim = w.base.scales.ndim - 2 if isinstance(w.base, QuantWeight) else None
-    if base_ndim is not None:
+    if isinstance(w.base, LoraWeight):
+        return _num_in(w.base)
+    if isinstance(w.base, QuantWeight):
         return len(w.base.in_shape)
     # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
     lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim

@@ -7,6 +7,7 @@ adapter alone, so no optimizer state exists for the base. Composes with quantize
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import param_table
 from internjax.tree import Params, flatten, unflatten
-from internjax.weights import LoraWeight, QuantWeight, lora_delta, plain
+from internjax.weights import LoraWeight, QuantWeight, plain
 
 # Input dims of every projection: what the einsum in the decoder contracts.
 NUM_IN = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
@@ -77,9 +78,11 @@ def merge(params: Params) -> Params:
     def fold(w):
         if not isinstance(w, LoraWeight):
             return w
-        dtype = w.a.dtype if isinstance(w.base, QuantWeight) else w.base.dtype
-        wide = jnp.promote_types(dtype, w.a.dtype)
-        return (plain(w.base, wide) + lora_delta(w, wide)).astype(dtype)
+        base = w.base
+        while isinstance(base, LoraWeight):
+            base = base.base
+        dtype = w.a.dtype if isinstance(base, QuantWeight) else base.dtype
+        return plain(w, jnp.promote_types(dtype, w.a.dtype)).astype(dtype)
 
     return unflatten({path: fold(w) for path, w in flatten(params).items()})
 
@@ -124,9 +127,7 @@ def to_peft(adapter: Params, lora: LoraConfig, base_name: str) -> tuple[dict[str
     return tensors, config
 
 
-def from_peft(
-    tensors: dict[str, Array], config: dict, cfg: ModelConfig
-) -> tuple[Params, LoraConfig]:
+def from_peft(tensors: dict[str, Any], config: dict, cfg: ModelConfig) -> tuple[Params, LoraConfig]:
     """Inverse of `to_peft`; refuses tensors it does not know."""
     names = {v: k for k, v in _PEFT.items()}
     table, found = param_table(cfg), {}

@@ -23,7 +23,7 @@ from internjax.models.load import Model
 from internjax.train.loop import RunConfig, fit
 from internjax.train.losses import next_token_loss
 from internjax.train.optim import OptimConfig, make_optimizer
-from internjax.train.place import Placement, placement
+from internjax.train.place import ONE_DEVICE, Placement, placement
 from internjax.train.state import init_state
 from internjax.train.step import make_train_step
 from internjax.tree import Params
@@ -117,7 +117,7 @@ def bits_per_byte(
     shards: TokenShards,
     cfg: ModelConfig,
     length: int,
-    place: Placement = Placement(),
+    place: Placement = ONE_DEVICE,
 ) -> float:
     """Returns -log2 p(documents) / UTF-8 bytes.
 

@@ -14,6 +14,7 @@ from internjax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from internjax.errors import Missing
 from internjax.models.config import ModelConfig
 from internjax.models.convert import model_path, read_model
+from internjax.models.decoder import init_params
 from internjax.tree import Params
 
 
@@ -63,3 +64,15 @@ def load(name_or_path: str | Path, *, dtype: str = "float32") -> Model:
     check_vocab(tokenizer, cfg.vocab_size)
     params = jax.tree.map(jnp.asarray, host)
     return Model(cfg, params, tokenizer, template_for(path, tokenizer), path)
+
+
+def random_model(cfg: ModelConfig, tokenizer_path: Path, seed: int) -> Model:
+    """Draws a model of shape `cfg`, with the tokenizer and the chat template found at a path.
+
+    Raises: UserError when the tokenizer has more ids than the model rows.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    check_vocab(tokenizer, cfg.vocab_size)
+    params = init_params(cfg, jax.random.key(seed), jnp.dtype(cfg.dtype))
+    template = template_for(tokenizer_path, tokenizer)
+    return Model(cfg, params, tokenizer, template, tokenizer_path)

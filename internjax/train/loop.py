@@ -1,6 +1,6 @@
 """The loop around the step: batches in, checkpoints and metrics out, resumed where it stopped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,24 +64,24 @@ def fit(
         with StepLog(
             folder / "steps.jsonl", name=name, start=start, total=cfg.steps, progress=cfg.progress
         ) as log:
-            bad = 0
             for step in range(start, cfg.steps):
                 state, metrics = jitted(state, batch_at(step), frozen)
                 log.step(step + 1, metrics)
-                bad = _count_bad(bad, metrics, step + 1, cfg)
                 due = cfg.save_every and (step + 1) % cfg.save_every == 0
                 if due or step + 1 == cfg.steps:
+                    log.flush()  # a checkpoint never knows a step that the log does not
                     checkpoints.save(step + 1, state, settings)
+                _check_learning(log.records, cfg)
     return state, log.records
 
 
-def _count_bad(bad: int, metrics: Mapping[str, Any], step: int, cfg: RunConfig) -> int:
-    """Counts skipped updates in a row; stops a run that no longer learns."""
-    bad = 0 if bool(metrics["finite"]) else bad + 1
-    if bad > cfg.max_bad_steps:
-        raise UserError(
-            f"loss or gradient is NaN or infinite for {bad} updates in a row, last at step {step}"
-            f" (loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}):"
-            " lower optim.lr, or look at the batches of these steps."
-        )
-    return bad
+def _check_learning(records: Sequence[Mapping[str, Any]], cfg: RunConfig) -> None:
+    """Stops a run whose last updates were all skipped."""
+    last = records[-cfg.max_bad_steps - 1 :]
+    if len(last) <= cfg.max_bad_steps or any(record["finite"] for record in last):
+        return
+    raise UserError(
+        f"loss or gradient is NaN or infinite for {len(last)} updates in a row, steps"
+        f" {last[0]['step']} to {last[-1]['step']} (loss {last[-1]['loss']}, gradient norm"
+        f" {last[-1]['grad_norm']}): lower optim.lr, or look at the batches of these steps."
+    )

@@ -72,4 +72,3 @@ def make_optimizer(cfg: OptimConfig, total_steps: int) -> optax.GradientTransfor
     if not cfg.clip_norm:
         return adam
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adam)
-

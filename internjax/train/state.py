@@ -24,5 +24,7 @@ class TrainState:
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """Starts a run at step 0; the optimizer state lies where its parameters lie."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
+    """Starts a run at step 0; on a mesh the optimizer state lies where its parameters lie."""
+    start = jax.jit(lambda params: (jnp.zeros((), jnp.int32), tx.init(params)))
+    step, opt_state = start(params)
+    return TrainState(step, params, opt_state)

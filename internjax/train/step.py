@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from internjax.data.batch import Batch
@@ -39,17 +40,14 @@ def make_train_step(
         if micro_batches == 1:
             (_, parts), grads = grad_fn(params, batch, frozen)
             return parts, grads
-        cut = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        cut = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
 
-        def add(total, part: Batch):
+        def add(total: Params, part: Batch):
             (_, parts), grads = grad_fn(params, part, frozen)
-            return jax.tree.map(jnp.add, total, (parts, grads)), None
+            return jax.tree.map(jnp.add, total, grads), parts
 
-        shapes = jax.eval_shape(
-            lambda b: grad_fn(params, b, frozen), jax.tree.map(lambda x: x[0], cut)
-        )
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
-        return lax.scan(add, zero, cut)[0]
+        grads, parts = lax.scan(add, jax.tree.map(jnp.zeros_like, params), cut)
+        return jax.tree.map(lambda x: x.sum(axis=0), parts), grads
 
     def step(
         state: TrainState, batch: Batch, frozen: Any = None
@@ -67,3 +65,15 @@ def make_train_step(
         return new, metrics | {"finite": finite}
 
     return step
+
+
+def _cut(rows: Array, parts: int) -> Array:
+    """Cuts `[B, ...]` to `[parts, B / parts, ...]`; part i takes rows i, i + parts, ...
+
+    So every device of a mesh cuts the rows that it has, and none moves.
+    """
+    shape = (rows.shape[0] // parts, parts, *rows.shape[1:])
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    spec = jax.typeof(rows).sharding.spec
+    out = P(spec[0], None, *spec[1:]) if on_mesh else None
+    return jnp.reshape(rows, shape, out_sharding=out).swapaxes(0, 1)
