@@ -4,6 +4,7 @@ No logic of its own: words become Hydra overrides of `experiments/<module>.py`, 
 the user can mend becomes one line. `python experiments/<module>.py key=value` ends here too.
 """
 
+import errno
 import importlib
 import os
 import re
@@ -48,6 +49,10 @@ VERBS: dict[tuple[str, str], Verb] = {
 }
 DEFAULT_ACTION = {"data": "run", "catalog": "ls"}
 
+# The disk or its rights, not this program: full, over quota, read-only, no right. A missing file
+# is not among them: code that opens what it did not check is a bug, and shows its traceback.
+_MACHINE_SAYS_NO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
 # What keeps Hydra's own program (sweeps) from leaving log files beside the user's files.
 QUIET = (
     "hydra.run.dir=.",
@@ -81,6 +86,12 @@ def run(argv: Sequence[str]) -> int:
         # The reader (`| head`) has gone; what Python flushes while it ends must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _MACHINE_SAYS_NO:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {place}{error.strerror}. Finished artefacts are kept.")
+        return 2
 
 
 def parse(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
@@ -139,7 +150,7 @@ def _launch(module: str, overrides: list[str], flags: list[str]) -> None:
     if not (_folder(EXPERIMENTS) / f"{module}.py").is_file():
         raise UserError(f"`internjax {module}` is not in this version: see `internjax --help`.")
     experiment = importlib.import_module(f"{EXPERIMENTS}.{module}")
-    overrides = [_readable(override) for override in overrides]
+    overrides = [_open(module, _readable(override)) for override in overrides]
     try:
         if flags:
             os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -244,6 +255,26 @@ def _readable(override: str) -> str:
         key, _, value = override.partition("=")
         return f"{key}={_quote(value)}"
     return override
+
+
+def _open(module: str, override: str) -> str:
+    """Lets Hydra add what a root need not spell out: new members of a mapping, keys of a group.
+
+    Hydra takes such keys for misspelt; whether they are is known to `build`, which sees the types.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from internjax.usage import read_keys
+
+    path = _folder(CONFIGS) / f"{module}.yaml"
+    parsed = OverridesParser.create().parse_override(override)
+    if override[0] in "+~" or not path.is_file():
+        return override
+    written = {key.path for key in read_keys(path.read_text(encoding="utf-8"))}
+    parts = parsed.key_or_group.split(".")
+    ancestors = {".".join(parts[:end]) for end in range(1, len(parts))}
+    new = parsed.key_or_group not in written and ancestors & written
+    return f"++{override}" if new or isinstance(parsed.value(), dict) else override
 
 
 def _quote(word: str) -> str:

@@ -7,6 +7,7 @@ graded by the same rule.
 import random
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,27 +69,35 @@ def compare(
     *,
     budget: Budget | None = None,
     bare_tokens: int = 48,
+    concurrency: int = 8,
     on_done: Callable[[Sum, str, Trace], None] | None = None,
 ) -> Comparison:
     """Asks every sum twice: the bare model, and the model with tools.
 
     Args:
         bare_tokens: most tokens of a bare answer, enough for a sentence or two.
-        on_done: called after each sum.
+        concurrency: sums asked at once; the outcome does not depend on it.
+        on_done: called after each sum, in their order.
     """
-    tools, answers, traces = list(tools), [], []
+    tools, sums, answers, traces = list(tools), list(sums), [], []
     bare_right = tool_right = 0
-    for each in sums:
+
+    def ask(each: Sum) -> tuple[str, Trace]:
         completion = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": each.question}],
             max_tokens=bare_tokens,
             temperature=0,
         )
-        answers.append(completion.choices[0].message.content or "")
-        traces.append(run(client, model, each.question, tools, policy, budget=budget))
-        bare_right += is_right(answers[-1], each.answer)
-        tool_right += is_right(traces[-1].answer, each.answer)
-        if on_done is not None:
-            on_done(each, answers[-1], traces[-1])
+        bare = completion.choices[0].message.content or ""
+        return bare, run(client, model, each.question, tools, policy, budget=budget)
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        for each, (bare, trace) in zip(sums, pool.map(ask, sums), strict=True):
+            answers.append(bare)
+            traces.append(trace)
+            bare_right += is_right(bare, each.answer)
+            tool_right += is_right(trace.answer, each.answer)
+            if on_done is not None:
+                on_done(each, bare, trace)
     return Comparison(bare_right, tool_right, tuple(answers), tuple(traces))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from internjax.chain.run import BUDGET_SECONDS, Record, summary
+from internjax.chain.run import BUDGET_SECONDS, Record, Stage, summary
 from internjax.evals.core import Results
 from internjax.report import (
     Bars,
@@ -47,10 +47,20 @@ def terminal_rows(record: Record) -> list[dict[str, Any]]:
             "ok": stage.ok,
             "seconds": stage.seconds or None,
             "budget_seconds": BUDGET_SECONDS.get(stage.name),
-            "metrics": _short(stage.metrics) if stage.ok or not stage.why else {"": stage.why},
+            "metrics": _cell(record, stage),
         }
         for stage in record.stages
     ]
+
+
+def _cell(record: Record, stage: Stage) -> dict[str, Any]:
+    """What the terminal says of a stage: a gate in a word a condition, a failure in full."""
+    if not stage.ok and stage.why:
+        return {"": stage.why}
+    if stage.name in record.checks:
+        checks = record.checks[stage.name]
+        return {check.name: "holds" if check.ok else "fails" for check in checks}
+    return _short(stage.metrics)
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:

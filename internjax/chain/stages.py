@@ -285,6 +285,7 @@ def make_agent(shop: Workshop, model: Artefact, engine: EngineConfig, cfg: Agent
                 )
                 metrics["bare_right"] = outcome.bare_right
                 metrics[f"{policy}_right"] = outcome.tool_right
+                (folder / policy).mkdir()
                 for number, trace in enumerate(outcome.traces):
                     trace.save(folder / policy / f"{number:02d}.json")
                 block = dataclasses.asdict(to_block(outcome.traces[0]))
