@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from internjax.errors import UserError
+from internjax.lineage import canonical
 
 # Orbax prints the traceback of a failed write before it raises the error, which is told once here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -73,7 +74,7 @@ class Checkpoints:
     def save(self, step: int, tree: Any, notes: Mapping[str, Any]) -> None:
         """Starts to write `tree` and small JSON `notes`; returns before they are on disk."""
         args = ocp.args.Composite(
-            tree=ocp.args.StandardSave(tree), notes=ocp.args.JsonSave(dict(notes))
+            tree=ocp.args.StandardSave(tree), notes=ocp.args.JsonSave(canonical(notes))
         )
         with self._told():
             self._manager.save(step, args=args)
@@ -90,7 +91,7 @@ class Checkpoints:
         notes = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
         changed = {
             key: (notes["notes"].get(key), value)
-            for key, value in expect.items()
+            for key, value in canonical(expect).items()  # as JSON brings them back: tuples as lists
             if notes["notes"].get(key) != value
         }
         if changed:

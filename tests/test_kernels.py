@@ -1,0 +1,70 @@
+"""The plain kernels against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internjax.kernels.attention import attention, causal_mask
+from internjax.kernels.cross_entropy import chunked_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def drawn(seed: int, *shape: int):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 7, 64])
+def test_cross_entropy_by_chunks_is_the_plain_one(chunk: int):
+    x, head = drawn(0, 2, 7, 4), drawn(1, 4, 11)
+    targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11, jnp.int32)
+
+    def chunked(x, head):
+        return chunked_cross_entropy(lambda x: x @ head, x, targets, chunk=chunk)
+
+    def direct(x, head):
+        logp = jax.nn.log_softmax(x @ head, axis=-1)
+        return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+
+    np.testing.assert_allclose(chunked(x, head), direct(x, head), rtol=0, atol=1e-12)
+    weight = drawn(3, 2, 7)  # not all positions count alike
+    grads = [
+        jax.grad(lambda x, h, f=f: jnp.sum(f(x, h) * weight), (0, 1))(x, head)
+        for f in (chunked, direct)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *grads)
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+    x = jnp.full((1, 2, 1), 1e4)
+    head = jnp.array([[1.0, -1.0]])
+    got = chunked_cross_entropy(lambda x: x @ head, x, jnp.array([[0, 1]]), chunk=1)
+    np.testing.assert_allclose(got, [[0.0, 2e4]])
+
+
+def test_attention_by_loops():
+    B, T, N, K, H = 2, 5, 4, 2, 3
+    q, k, v = drawn(0, B, T, N, H), drawn(1, B, T, K, H), drawn(2, B, T, K, H)
+    segments = jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]], jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    got = attention(q, k, v, causal_mask(positions, segments))
+    for b in range(B):
+        for n in range(N):
+            for t in range(T):
+                seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+                scores = np.array([q[b, t, n] @ k[b, s, n // 2] for s in seen]) / np.sqrt(H)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                want = sum(w * v[b, s, n // 2] for w, s in zip(weights, seen))
+                np.testing.assert_allclose(got[b, t, n], want, rtol=0, atol=1e-12)
+
+
+def test_a_row_that_may_see_nothing_is_finite():
+    q = drawn(0, 1, 2, 2, 4)
+    mask = jnp.zeros((1, 2, 2), bool)
+    value, grad = jax.value_and_grad(lambda q: jnp.sum(attention(q, q, q, mask)))(q)
+    assert np.isfinite(value) and np.isfinite(grad).all()
