@@ -258,22 +258,22 @@ def _readable(override: str) -> str:
 
 
 def _open(module: str, override: str) -> str:
-    """Lets Hydra add what a root need not spell out: new members of a mapping, keys of a group.
+    """Lets Hydra add what a root need not spell out: members of a mapping, keys of a group.
 
-    Hydra takes such keys for misspelt; whether they are is known to `build`, which sees the types.
+    Hydra takes such keys for misspelt; `build`, which sees the types, knows whether they are.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from internjax.usage import read_keys
 
-    path = _folder(CONFIGS) / f"{module}.yaml"
-    parsed = OverridesParser.create().parse_override(override)
-    if override[0] in "+~" or not path.is_file():
+    root = _folder(CONFIGS) / f"{module}.yaml"
+    if override[0] in "+~" or not root.is_file():
         return override
-    written = {key.path for key in read_keys(path.read_text(encoding="utf-8"))}
+    parsed = OverridesParser.create().parse_override(override)
     parts = parsed.key_or_group.split(".")
-    ancestors = {".".join(parts[:end]) for end in range(1, len(parts))}
-    new = parsed.key_or_group not in written and ancestors & written
+    above = {".".join(parts[:end]) for end in range(1, len(parts))}
+    written = {key.path for key in read_keys(root.read_text(encoding="utf-8"))}
+    new = parsed.key_or_group not in written and above & written
     return f"++{override}" if new or isinstance(parsed.value(), dict) else override
 
 

@@ -22,7 +22,7 @@ More words about it.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import hydra
 
@@ -37,10 +37,18 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Limits:
+    seconds: float = 1.0
+    workers: int = 2
+
+
+@dataclass(frozen=True)
 class Probe:
     model: str
     optim: Optim
     fail: str = ""
+    limit: dict[str, int] = field(default_factory=dict)
+    inner: Limits = field(default_factory=Limits)
 
 
 @hydra.main(config_path="../configs", config_name="probe", version_base=None)
@@ -66,6 +74,8 @@ defaults:
 # as `load` takes it
 model: smollm2-135m-instruct
 fail: ""  # how to fail: "#gate" is not a comment
+limit: {piqa: 50}  # samples a task
+inner: {seconds: 1.5}  # not every key of a group must be written here
 """
 
 
@@ -125,6 +135,21 @@ def test_a_group_is_chosen_by_name(probe, capsys):
 
 
 @pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("limit={maths: 2}", "limit={'piqa': 50, 'maths': 2}"),
+        ("limit.maths=2", "limit={'piqa': 50, 'maths': 2}"),
+        ("limit.piqa=2", "limit={'piqa': 2}"),
+        ("inner.workers=7", "inner=Limits(seconds=1.5, workers=7)"),
+        ("inner={workers: 7}", "inner=Limits(seconds=1.5, workers=7)"),
+    ],
+)
+def test_a_mapping_takes_new_members_and_a_group_its_unwritten_keys(probe, capsys, given, shown):
+    assert cli.run(["probe", given]) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["probee"], "no verb 'probee': did you mean `internjax probe`?"),
@@ -134,6 +159,9 @@ def test_a_group_is_chosen_by_name(probe, capsys):
         (["probe", "mdoel=x"], "no key mdoel: did you mean model?"),
         (["probe", "zzzzzz=x"], "no key zzzzzz: `internjax probe` has"),
         (["probe", "+optim.lrr=1"], "no key optim.lrr: did you mean optim.lr?"),
+        (["probe", "inner.wrokers=1"], "no key inner.wrokers: did you mean inner.workers?"),
+        (["probe", "inner={wrokers: 1}"], "no key inner.wrokers: did you mean inner.workers?"),
+        (["probe", "limit.maths=many"], "limit.maths='many' is not a whole number."),
         (["probe", "optim=adam"], "no option optim=adam: did you mean optim=adamw?"),
         (["probe", "optim.lr=fast"], "optim.lr='fast' is not a number."),
         (["probe", "optim.steps=[1"], "optim.steps='[1' is not a whole number."),

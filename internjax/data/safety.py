@@ -86,8 +86,8 @@ def find_ip(text: str, regions: Sequence[str]) -> Iterator[Span]:
 
 
 def _numbering(before: str, number: str) -> bool:
-    """Whether four dotted numbers are rather a version or section: measured on a policy manual,
-    where 52 of 52 public-looking addresses were."""
+    """Whether four dotted numbers are rather a version or section: in a policy manual nearly all
+    public-looking addresses are."""
     if ":" in number:
         return False
     small = max(map(int, number.split("."))) < SMALL
