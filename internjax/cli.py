@@ -82,7 +82,10 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say("stopped: interrupted from the keyboard; finished artefacts are kept.")
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        rich = isinstance(error.__context__, BrokenPipeError)  # it turns one into an exit with 1
+        if isinstance(error, SystemExit) and not rich:
+            raise
         # The reader (`| head`) has gone; what Python flushes while it ends must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
