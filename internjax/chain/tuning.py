@@ -100,7 +100,7 @@ def chat_rows(model: Model, chats: Sequence[list[Message]], length: int) -> list
     longest = max(len(ids) for ids, _ in encoded)
     if longest > length:
         raise UserError(
-            f"a chat has {longest} tokens and a row holds {length}: raise tune.length or leave long"
+            f"a chat has {longest} tokens and a row holds {length}: raise `length` or leave long"
             " chats out."
         )
     return list(pack(encoded, length))
