@@ -31,11 +31,11 @@ quickstart: $(STAMPS)/model ## installs, fetches the model, runs the whole chain
 
 test: $(STAMPS)/dev ## the test suite (laws, formats, stages); slow laws are in test-deep
 	@echo "== Tests"
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n 2
 
 test-deep: $(STAMPS)/dev ## every test, the slow laws too
 	@echo "== All tests, the slow ones too"
-	@$(PY) -m pytest -q -m ""
+	@$(PY) -m pytest -q -n 2 -m ""
 
 lint: $(STAMPS)/dev ## ruff: rules and formatting
 	@echo "== Lint"

@@ -29,7 +29,9 @@ class ReAct:
 
     def opening(self, question: str, tools: dict[str, Tool]) -> list[Message]:
         turns = [("system", protocol.instructions(tools.values()))]
-        for tool in tools.values():
+        for tool in reversed(
+            tools.values()
+        ):  # the first tool's examples stand nearest the question
             turns += protocol.example_turns(tool)
         turns.append(("user", protocol.question(question)))
         return [{"role": role, "content": text} for role, text in turns]
@@ -76,7 +78,8 @@ class FunctionCalling:
     name: str = "function"
 
     def opening(self, question: str, tools: dict[str, Tool]) -> list[Message]:
-        shown = [message for tool in tools.values() for message in _examples(tool)]
+        # The first tool's examples stand nearest the question.
+        shown = [message for tool in reversed(tools.values()) for message in _examples(tool)]
         system = {"role": "system", "content": self.system}
         return [system, *shown, {"role": "user", "content": question}]
 

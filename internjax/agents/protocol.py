@@ -63,9 +63,13 @@ def example_turns(tool: Tool) -> list[tuple[str, str]]:
     """
     turns = []
     for example in tool.examples:
+        thought = example.thought or f"I use {tool.name}."
         turns += [
             ("user", question(example.question)),
-            ("assistant", write_call(f"I use {tool.name}.", tool.name, example.arguments)),
+            (
+                "assistant",
+                write_call(thought, tool.name, example.arguments),
+            ),
             ("user", observation(example.result)),
             ("assistant", f"Final Answer: {example.answer}"),
         ]

@@ -31,12 +31,14 @@ class Example:
         arguments: of the call that answers it.
         result: what the tool returns for them (a test holds this true).
         answer: what to say then.
+        thought: why this tool, where a policy lets the model think; "" says nothing but its name.
     """
 
     question: str
     arguments: dict[str, Any]
     result: str
     answer: str
+    thought: str = ""
 
 
 @dataclass(frozen=True)

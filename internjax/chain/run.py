@@ -272,7 +272,8 @@ class _Run:
                 self.record.stages[-1].ok = True
         raise GateFailed(
             f"the tuned model may not go online after {cfg.max_rounds} rounds:"
-            f" {reasons(checks)}. Raise tuning.run.steps or samples, or lower tuning.optim.lr."
+            f" {reasons(checks)}. Raise chain.tuning.run.steps or chain.samples, or lower"
+            " chain.tuning.optim.lr."
         )
 
     def quantize(self, model: Artefact) -> Artefact:

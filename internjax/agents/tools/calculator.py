@@ -155,9 +155,19 @@ PATTERN = rf"^{_NUMBER}(\)* ?(\*\*|//|[-+*/%,]) ?{_NUMBER}){{0,15}}\)*$"
 """Numbers joined by operators, brackets and functions. Short, because it stands in the prompt;
 what it lets through and is still no arithmetic gets an answer that says so."""
 
+
+def _sum(question: str, expression: str, result: str) -> Example:
+    thought = "These are numbers, so I calculate."
+    return Example(
+        question, {"expression": expression}, result, f"The answer is {result}.", thought
+    )
+
+
 EXAMPLES = (
-    Example("What is 12 + 30?", {"expression": "12 + 30"}, "42", "The answer is 42."),
-    Example("Add 105, 7 and 9.", {"expression": "105 + 7 + 9"}, "121", "The answer is 121."),
+    _sum("What is 12 + 30?", "12 + 30", "42"),
+    _sum("Add 105, 7 and 9.", "105 + 7 + 9", "121"),
+    _sum("What is the sum of 61 and 8?", "61 + 8", "69"),
+    _sum("Calculate 1500 + 27.", "1500 + 27", "1527"),
 )
 
 

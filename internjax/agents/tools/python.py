@@ -3,12 +3,15 @@
 from internjax.agents.tool import Example, Tool, ToolError, tool
 from internjax.sandbox import BACKENDS, choose_backend, run_python
 
+# About letters, not numbers, and one only: a small model copies the example that is most like its
+# question. With a sum here SmolLM2 gave every sum to Python and none came out right.
 EXAMPLES = (
     Example(
-        "What is the sum of the numbers from 1 to 10?",
-        {"code": "print(sum(range(1, 11)))"},
-        "55",
-        "The answer is 55.",
+        "Write the word river backwards.",
+        {"code": "print('river'[::-1])"},
+        "revir",
+        "Backwards it is revir.",
+        "I write code.",
     ),
 )
 
