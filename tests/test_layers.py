@@ -145,10 +145,14 @@ def test_every_package_folder_is_shipped():
     """An editable install shows folders that a wheel would lack: pyproject must name them all."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     named = set(project["tool"]["setuptools"]["packages"])
+    # Folders of data (YAML, jsonl) count too: setuptools takes every folder for a package.
+    shipped = ("internjax", "kernels", "experiments", "configs")
     there = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "internjax").rglob("__init__.py")
-    } | {f"internjax.{folder}" for folder in ("kernels", "experiments", "configs")}
+        ".".join([*(["internjax"] if folder != "internjax" else []), *path.parent.parts])
+        for folder in shipped
+        for path in (found.relative_to(ROOT) for found in (ROOT / folder).rglob("*.*"))
+        if path.suffix in (".py", ".yaml", ".jsonl")
+    }
     assert named == there
 
 
