@@ -49,13 +49,13 @@ log = logging.getLogger(__name__)
 BUDGET_SECONDS = {
     "data": 40,
     "pretrain": 90,
-    "base scores": 75,
+    "base scores": 90,
     "tune": 180,
     "tuned scores": 75,
     "quantize": 15,
     "quantized scores": 75,
     "serve": 60,
-    "agent": 90,
+    "agent": 120,
 }
 
 
