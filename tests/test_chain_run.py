@@ -13,7 +13,7 @@ import pytest
 from internjax.chain.gate import Check, GateConfig, gate, passed, reasons
 from internjax.chain.present import terminal_rows, write_report
 from internjax.chain.pretraining import PretrainConfig
-from internjax.chain.run import ChainConfig, find_pages, run_chain, tuning_of_round
+from internjax.chain.run import ChainConfig, _at_hand, find_pages, run_chain, tuning_of_round
 from internjax.chain.stages import ScoreConfig
 from internjax.chain.tuning import TuneConfig
 from internjax.cli import run
@@ -127,6 +127,13 @@ def test_the_verb_exits_with_1_when_a_gate_fails(tiny_chain, capsys):
 def test_each_round_trains_longer():
     cfg = TuneConfig(run=RunConfig(steps=7))
     assert [tuning_of_round(cfg, n).run.steps for n in (1, 2, 3)] == [7, 14, 21]
+
+
+def test_without_a_mirror_no_extra_task_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("INTERNJAX_MIRROR", raising=False)
+    monkeypatch.setenv("INTERNJAX_CACHE", str(tmp_path))
+    assert not _at_hand("piqa")
+    assert not any(tmp_path.iterdir()), "something was fetched"
 
 
 def test_missing_pages_are_named(tmp_path):

@@ -93,10 +93,8 @@ _ALL = (
     _internlm2("internlm2_5-20b", 6144, 48, 48, 8, 16384, 2.0),
     _INTERNLM3,
     replace(_INTERNLM3, name="internlm3-8b"),
-    # Our shape: 104B in the tech report (arXiv-less, 2023) has 82 layers and d 10240; the rest of
-    # its constants is unpublished.
+    # Our shapes: the constants of the 104B and 123B models were never published.
     _internlm("internlm-104b", 10240, 82, 80, 27392, 2048, True),
-    # Our shape: "123B" is named in talks only.
     _internlm("internlm-123b", 12288, 68, 96, 32768, 2048, True),
     _SMOLLM2,
 )
