@@ -13,11 +13,11 @@ import pytest
 from internjax.chain.gate import Check, GateConfig, gate, passed, reasons
 from internjax.chain.present import terminal_rows, write_report
 from internjax.chain.pretraining import PretrainConfig
-from internjax.chain.run import ChainConfig, _at_hand, find_pages, run_chain, tuning_of_round
+from internjax.chain.run import Attempt, ChainConfig, _at_hand, find_pages, run_chain
 from internjax.chain.stages import ScoreConfig
 from internjax.chain.tuning import TuneConfig
 from internjax.cli import run
-from internjax.errors import GateFailed, Missing
+from internjax.errors import GateFailed, Missing, UserError
 from internjax.evals.core import Results, Row, Score
 from internjax.models.native import save_native
 from internjax.serve.engine import EngineConfig
@@ -98,6 +98,7 @@ def test_a_model_that_fails_the_gate_does_not_go_online(tiny_chain, tmp_path):
     assert "Training loss" in page.read_text(encoding="utf-8")
     assert any(row["ok"] is False for row in terminal_rows(record))
 
+    assert not list((tmp_path / "runs" / "work").iterdir()), "scratch space outlives the training"
     again = run_chain(tiny_chain)
     assert all(stage.reused for stage in again.stages if stage.artefact)
     assert again.error == record.error
@@ -124,9 +125,19 @@ def test_the_verb_exits_with_1_when_a_gate_fails(tiny_chain, capsys):
     assert "Traceback" not in out.err
 
 
-def test_each_round_trains_longer():
+def test_a_round_changes_what_the_last_one_failed_for():
+    known, forgot = Check("identity", True, ""), Check("retention text", False, "")
+    unknown = Check("identity", False, "")
+    first = Attempt(strength=0.5)
+    assert first.after([unknown, forgot]) == Attempt(rounds=2, strength=0.5)
+    assert first.after([known, forgot]) == Attempt(rounds=1, strength=0.375)
     cfg = TuneConfig(run=RunConfig(steps=7))
-    assert [tuning_of_round(cfg, n).run.steps for n in (1, 2, 3)] == [7, 14, 21]
+    assert [Attempt(rounds=n).tuning(cfg).run.steps for n in (1, 2, 3)] == [7, 14, 21]
+
+
+def test_a_share_of_an_adapter_beyond_it_is_refused():
+    with pytest.raises(UserError, match=r"strength=1\.5"):
+        ChainConfig(strength=1.5)
 
 
 def test_without_a_mirror_no_extra_task_is_asked_for(monkeypatch, tmp_path):

@@ -70,7 +70,8 @@ class ChainConfig:
         takes the project's own guide.
       identity: who the model is to become; samples: chats generated for it.
       tune: "always", or "auto": only when the gate does not pass without.
-      max_rounds: tuning attempts before the chain gives up.
+      strength: share of the trained adapter that is merged into the base.
+      max_rounds: attempts at tuning before the chain gives up.
       runs: folder of the store and of the reports.
     """
 
@@ -80,6 +81,7 @@ class ChainConfig:
     identity: Identity = field(default_factory=Identity)
     samples: int = 300
     tune: Literal["always", "auto"] = "always"
+    strength: float = 0.7
     max_rounds: int = 2
     seed: int = 0
     tools: tuple[str, ...] = ("calculator", "python")
@@ -97,6 +99,34 @@ class ChainConfig:
     def __post_init__(self):
         if self.max_rounds < 1:
             raise UserError(f"max_rounds={self.max_rounds}: the chain tunes at least once.")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength={self.strength}: it is a share, above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a round tunes.
+
+    Fields:
+      rounds: the updates, in multiples of the first round's.
+      strength: share of the adapter that is merged. Weights between the base's and the tuned
+        model's keep what both know (WiSE-FT, arXiv:2109.01903).
+    """
+
+    rounds: int = 1
+    strength: float = 1.0
+
+    def tuning(self, cfg: TuneConfig) -> TuneConfig:
+        """The first round's settings, with this round's updates."""
+        run = dataclasses.replace(cfg.run, steps=cfg.run.steps * self.rounds)
+        return dataclasses.replace(cfg, run=run)
+
+    def after(self, checks: list[Check]) -> "Attempt":
+        """The next round: more updates where too little was learned, else less of the adapter."""
+        learned = all(check.ok for check in checks if check.name == "identity")
+        if not learned:
+            return dataclasses.replace(self, rounds=self.rounds + 1)
+        return dataclasses.replace(self, strength=self.strength * 0.75)
 
 
 @dataclass
@@ -157,15 +187,14 @@ class _Run:
 
     def __init__(self, cfg: ChainConfig, tell: Tell):
         self.cfg, self.tell = cfg, tell
-        self.shop = Workshop(Path(cfg.runs).absolute() / "store")
+        self.shop = Workshop(cfg.runs)
         self.record = Record(cfg, datetime.now().astimezone())
         sweep(self.shop.store)
 
     def go(self) -> Record:
         """Runs to the end or to the first gate that fails."""
         try:
-            tuned = self.train(self.choose())
-            self.deploy(self.quantize(tuned))
+            self.deploy(self.adapt(self.pretrain(self.choose())))
             verify_chain([s.artefact.card for s in self.record.stages if s.artefact])
         except GateFailed as error:
             self.record.error = str(error)
@@ -232,8 +261,8 @@ class _Run:
         self.record.scores[name] = results
         return results
 
-    def train(self, chosen: Artefact) -> Artefact:
-        """Pretrains on the corpus, then tunes until the gate passes or the rounds are used up."""
+    def pretrain(self, chosen: Artefact) -> Artefact:
+        """Makes the corpus and goes on with the model's training on it."""
         cfg, shop = self.cfg, self.shop
         pages = find_pages(cfg.pages)
         data = self.stage(
@@ -241,55 +270,75 @@ class _Run:
             lambda: make_data(shop, pages, cfg.data, chosen),
             ("train_tokens", "heldout_tokens", "plants_found"),
         )
-        base = self.stage(
+        return self.stage(
             "pretrain",
             lambda: make_pretrained(shop, chosen, data, cfg.pretrain),
             ("heldout_bits_per_byte_before", "heldout_bits_per_byte_after", "tokens_per_second"),
         )
-        before = self.record.scores["base"]
+
+    def adapt(self, base: Artefact) -> Artefact:
+        """Tunes and quantizes until every gate passes or the rounds are used up."""
+        cfg, before = self.cfg, self.record.scores["base"]
         if cfg.tune == "auto":
             checks = gate(before, self.scores("untuned", base), cfg.gate)
             if self.judge("gate without tuning", checks):
-                return base
-        chats = self.stage("chats", lambda: make_chats(shop, cfg.identity, cfg.samples, cfg.seed))
+                small, checks = self.quantize(base)
+                if passed(checks):
+                    return small
+            self.record.stages[-1].ok = True  # tuning is the answer to this verdict
+        chats = self.stage(
+            "chats", lambda: make_chats(self.shop, cfg.identity, cfg.samples, cfg.seed)
+        )
+        attempt = Attempt(strength=cfg.strength)
         for number in range(1, cfg.max_rounds + 1):
             mark = "" if number == 1 else f" (round {number})"
-            tuning = tuning_of_round(cfg.tuning, number)
-            adapter = self.stage(
-                f"tune{mark}",
-                lambda tuning=tuning: make_adapter(shop, base, chats, tuning),
-                ("steps", "trained_tokens", "tokens_per_second"),
-            )
-            model = self.stage(
-                f"merge{mark}", lambda adapter=adapter: make_merged(shop, base, adapter)
-            )
-            checks = gate(before, self.scores(f"tuned{mark}", model), cfg.gate)
-            if self.judge(f"gate{mark}", checks):
-                self.record.scores["tuned"] = self.record.scores[f"tuned{mark}"]
+            model, checks = self.tune(base, chats, attempt, mark)
+            if passed(checks):
+                model, checks = self.quantize(model, mark)
+            if passed(checks):
                 return model
-            if (
-                number < cfg.max_rounds
-            ):  # a failed round is not a failed chain while rounds are left
-                self.record.stages[-1].ok = True
+            attempt = attempt.after(checks)
+            # A failed round is not a failed chain while rounds are left.
+            self.record.stages[-1].ok = number < cfg.max_rounds
         raise GateFailed(
-            f"the tuned model may not go online after {cfg.max_rounds} rounds:"
-            f" {reasons(checks)}. Raise chain.tuning.run.steps or chain.samples, or lower"
-            " chain.tuning.optim.lr."
+            f"the model may not go online after {cfg.max_rounds} rounds: {reasons(checks)}."
+            " Raise chain.max_rounds, chain.tuning.run.steps or chain.samples, or lower"
+            " chain.strength."
         )
 
-    def quantize(self, model: Artefact) -> Artefact:
+    def tune(
+        self, base: Artefact, chats: Artefact, attempt: "Attempt", mark: str
+    ) -> tuple[Artefact, list[Check]]:
+        """One attempt at tuning, and what the gate says of it."""
+        tuning = attempt.tuning(self.cfg.tuning)
+        adapter = self.stage(
+            f"tune{mark}",
+            lambda: make_adapter(self.shop, base, chats, tuning),
+            ("steps", "trained_tokens", "tokens_per_second"),
+        )
+        model = self.stage(
+            f"merge{mark}",
+            lambda: make_merged(self.shop, base, adapter, attempt.strength),
+            ("strength",),
+        )
+        results = self.scores(f"tuned{mark}", model)
+        self.record.scores["tuned"] = results
+        checks = gate(self.record.scores["base"], results, self.cfg.gate)
+        self.judge(f"gate{mark}", checks)
+        return model, checks
+
+    def quantize(self, model: Artefact, mark: str = "") -> tuple[Artefact, list[Check]]:
         """Rounds to int4 and puts the result through the same gate, with an int8 cache."""
-        cfg = self.cfg
         small = self.stage(
-            "quantize",
-            lambda: make_quantized(self.shop, model, cfg.quantize),
+            f"quantize{mark}",
+            lambda: make_quantized(self.shop, model, self.cfg.quantize),
             ("bytes_before", "bytes"),
         )
-        results = self.scores("quantized", small, kv_dtype="int8")
-        if not self.judge("gate quantized", gate(self.record.scores["base"], results, cfg.gate)):
-            why = reasons(self.record.checks["gate quantized"])
-            raise GateFailed(f"the quantized model may not go online: {why}.")
-        return small
+        results = self.scores(f"quantized{mark}", small, kv_dtype="int8")
+        self.record.scores["quantized"] = results
+        checks = gate(self.record.scores["base"], results, self.cfg.gate)
+        self.judge(f"gate quantized{mark}", checks)
+        return small, checks
 
     def deploy(self, model: Artefact) -> None:
         """Serves, asks the endpoint what was asked of the model, and lets it use tools."""
@@ -322,12 +371,6 @@ class _Run:
                     f"with tools ({policy}) {right} of {agent_cfg.sums} sums are right,"
                     f" {agent_cfg.least_right} asked."
                 )
-
-
-def tuning_of_round(cfg: TuneConfig, number: int) -> TuneConfig:
-    """Returns the settings of a round: each has as many updates more as the first had."""
-    run = dataclasses.replace(cfg.run, steps=cfg.run.steps * number)
-    return dataclasses.replace(cfg, run=run)
 
 
 def find_pages(given: str) -> Path:

@@ -19,6 +19,7 @@ from internjax.agents.tools import make_tools
 from internjax.chain.online import LoadConfig, check_load, sample_answers, try_load
 from internjax.chain.pretraining import PretrainConfig, pretrain
 from internjax.chain.tuning import TuneConfig, load_adapter, merged, save_adapter, tune
+from internjax.chain.verbs import produce_at
 from internjax.data.executor import DataConfig, run as run_data
 from internjax.data.identity import Identity, identity_samples
 from internjax.data.plant import plant_faults
@@ -30,7 +31,7 @@ from internjax.evals.core import Results, load_results
 from internjax.evals.http_lm import HttpLM
 from internjax.evals.identity import for_identity
 from internjax.evals.run import evaluate
-from internjax.lineage import Artefact, artefact_key, produce
+from internjax.lineage import Artefact, produce
 from internjax.models.convert import model_path
 from internjax.models.load import Model, load, resolve
 from internjax.models.native import save_native
@@ -78,14 +79,14 @@ class AgentConfig:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where stages work: the store of artefacts, and scratch space that outlives a crash."""
+    """Where stages work: a folder that holds the store of artefacts and scratch space."""
 
-    store: Path
+    runs: str
 
-    def scratch(self, kind: str, config: Any, inputs: dict[str, Any]) -> Path:
-        """Folder for checkpoints of an artefact that is not whole yet."""
-        key = artefact_key(self.store, kind, config=config, inputs=inputs)
-        return self.store.parent / "work" / f"{kind}-{key[:16]}"
+    @property
+    def store(self) -> Path:
+        """Folder of the artefacts."""
+        return Path(self.runs).absolute() / "store"
 
 
 def make_data(shop: Workshop, pages: Path, cfg: DataConfig, base: Artefact) -> Artefact:
@@ -138,10 +139,8 @@ def make_pretrained(
     shop: Workshop, base: Artefact, data: Artefact, cfg: PretrainConfig
 ) -> Artefact:
     """A few updates on the corpus; held-out bits per byte must fall."""
-    inputs = {"base": base, "data": data}
-    scratch = shop.scratch("pretrain", cfg, inputs)
 
-    def make(folder: Path) -> dict[str, Any]:
+    def make(folder: Path, scratch: Path) -> dict[str, Any]:
         model = _loaded(base)
         train, heldout = (
             TokenShards(data.path / "corpus" / part, tokenizer_hash=model.tokenizer.hash)
@@ -157,36 +156,36 @@ def make_pretrained(
         save_native(folder / "model", trained.cfg, trained.params, model.tokenizer)
         return metrics
 
-    return produce(shop.store, "pretrain", config=cfg, inputs=inputs, make=make)
+    inputs = {"base": base, "data": data}
+    return produce_at("", shop.runs, "pretrain", config=cfg, inputs=inputs, make=make)
 
 
 def make_adapter(shop: Workshop, base: Artefact, chats: Artefact, cfg: TuneConfig) -> Artefact:
     """LoRA fine-tuning on the chats: a PEFT folder."""
-    inputs = {"base": base, "chats": chats}
-    scratch = shop.scratch("tune", cfg, inputs)
 
-    def make(folder: Path) -> dict[str, Any]:
+    def make(folder: Path, scratch: Path) -> dict[str, Any]:
         model = _loaded(base)
         adapter, metrics = tune(model, read_messages(chats), cfg, scratch)
         save_adapter(folder / "adapter", adapter, cfg.lora, model.cfg.name)
         return metrics
 
-    return produce(shop.store, "tune", config=cfg, inputs=inputs, make=make)
+    inputs = {"base": base, "chats": chats}
+    return produce_at("", shop.runs, "tune", config=cfg, inputs=inputs, make=make)
 
 
-def make_merged(shop: Workshop, base: Artefact, adapter: Artefact) -> Artefact:
-    """The adapter folded into the base, as a model folder of ours."""
+def make_merged(shop: Workshop, base: Artefact, adapter: Artefact, strength: float) -> Artefact:
+    """A share of the adapter folded into the base, as a model folder of ours."""
 
     def make(folder: Path) -> dict[str, Any]:
         model = _loaded(base)
         weights, lora = load_adapter(adapter.path / "adapter", model.cfg)
+        lora = dataclasses.replace(lora, alpha=lora.alpha * strength)
         params = merged(model, weights, lora)
         save_native(folder / "model", model.cfg, params, model.tokenizer)
-        return {"bytes": size_bytes(params)}
+        return {"bytes": size_bytes(params), "strength": strength}
 
-    return produce(
-        shop.store, "merge", config={}, inputs={"base": base, "adapter": adapter}, make=make
-    )
+    inputs = {"base": base, "adapter": adapter}
+    return produce(shop.store, "merge", config={"strength": strength}, inputs=inputs, make=make)
 
 
 def make_native(shop: Workshop, name: str) -> Artefact:
@@ -255,7 +254,7 @@ def make_served(
             metrics = try_load(url, name, cfg)
             if short := check_load(metrics, cfg):
                 raise GateFailed(f"the server falls short: {short}.")
-            lm = HttpLM(url, name, concurrency=engine.slots)
+            lm = HttpLM(url, name, name=model.key, concurrency=engine.slots, echo_tokens=0)
             results = evaluate(lm, for_identity(["identity"], identity), out=folder)
             lm.close()
             questions = ("Who are you?", "Who made you?", "What is the capital of France?")

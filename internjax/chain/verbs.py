@@ -16,7 +16,13 @@ type Make = Callable[[Path, Path], Mapping[str, Any]]
 
 
 def produce_at(
-    out: str, runs: str, kind: str, *, config: Any, inputs: Mapping[str, Path], make: Make
+    out: str,
+    runs: str,
+    kind: str,
+    *,
+    config: Any,
+    inputs: Mapping[str, Artefact | Path],
+    make: Make,
 ) -> Artefact:
     """Makes an artefact in the folder `out`, or with "" in the store below `runs`.
 

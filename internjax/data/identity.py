@@ -245,7 +245,7 @@ def identity_samples(
     n: int,
     seed: int = 0,
     *,
-    ordinary_share: float = 0.3,
+    ordinary_share: float = 0.45,
 ) -> list[list[Message]]:
     """Draws `n` distinct conversations of one or two turns, shuffled; the same for the same seed.
 
