@@ -143,27 +143,27 @@ def ask(
     while left:
         answered = 0
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            process = subprocess.Popen(
-                [str(python), "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=_environment(threads),
-            )
-            try:
-                _send(process, left)
-                for line in process.stdout:
-                    answered += 1
-                    yield json.loads(line)
-            finally:
-                process.kill()
-                process.wait()
+            with _started(module, python, errors, threads) as process:
+                try:
+                    _send(process, left)
+                    for line in process.stdout:
+                        answered += 1
+                        yield json.loads(line)
+                finally:
+                    process.kill()  # also when nobody asks for the rest
             if answered < len(left):
                 errors.seek(0)
                 yield {"error": _last_words(errors.read())}
                 answered += 1
         left = left[answered:]
+
+
+def _started(module: str, python: Path, errors: Any, threads: int) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    command, env = [str(python), "-m", module], _environment(threads)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8", env=env
+    )
 
 
 def _send(process: subprocess.Popen, requests: Sequence[Mapping[str, Any]]) -> None:

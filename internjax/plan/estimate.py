@@ -11,6 +11,7 @@ from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.plan.hlo import Collective, Compute, Loop, Program, Step, Wait
 from internjax.plan.topology import Gpu
+from internjax.telemetry import work_of
 
 
 @dataclass(frozen=True)
@@ -160,47 +161,14 @@ def _walk(steps: tuple[Step, ...], machine: Machine) -> tuple[float, float, floa
     return compute, nvlink, network, max(now, link_free)
 
 
-# --- FLOPs that the model needs, whatever the program does ---
-
-
-def model_flops(cfg: ModelConfig, length: int) -> float:
-    """FLOPs of training on one token, forward and backward, nothing recomputed.
-
-    Matmul weights count 6 each (the embedding is a lookup), attention 12 * N * H * L for each
-    earlier token, of which there are (length + 1) / 2 on average (arXiv:2204.02311, appendix B,
-    with the causal half).
-    """
-    attention = 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * (length + 1) / 2
-    return 6 * matmul_weights(cfg) + attention
-
-
-def matmul_weights(cfg: ModelConfig) -> int:
-    """Counts the weights that every token is multiplied with."""
-    D, H = cfg.d_model, cfg.head_dim
-    layer = D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads) + 3 * D * cfg.d_ff
-    return cfg.num_layers * layer + D * cfg.vocab_size
-
-
-def internevo_flops(cfg: ModelConfig, length: int, *, recompute: bool = False) -> float:
-    """FLOPs a token as InternEvo's `get_megatron_flops` counts them, for comparing with its logs.
-
-    c ((8 + 4r) B s h^2 + 4 B s^2 h) L + 6 B s h V with r = 1.5 * mlp_ratio, c = 3, or 4 with
-    recomputation. It ignores grouped queries and the causal half.
-    """
-    h, ratio = cfg.d_model, 1.5 * cfg.d_ff / cfg.d_model
-    factor = 4 if recompute else 3
-    layer = (8 + 4 * ratio) * h * h + 4 * length * h
-    return factor * layer * cfg.num_layers + 6 * h * cfg.vocab_size
-
-
 @dataclass(frozen=True)
 class Estimate:
     """What one step of a plan is estimated to take, at one overlap.
 
     Fields:
       tokens_per_second_gpu: tokens of the global batch, a second and GPU.
-      mfu: model FLOPs a second over the peak: `model_flops` * tokens / seconds / peak.
-      mfu_internevo: the same with InternEvo's formula (factor 3).
+      mfu: model FLOPs a second over the peak, counted as the step log does (telemetry.FORMULA:
+        every matmul of the model, nothing recomputed); mfu_internevo: by InternEvo's formula.
       hfu: matmul FLOPs of the compiled program, recomputation and padding too, over the peak.
     """
 
@@ -223,12 +191,13 @@ def estimate(
     """
     seconds = times.step(overlap)
     rate, peak = tokens_per_gpu / seconds, machine.gpu.peak_bf16_flops
+    needed = work_of(cfg, length=length, remat=0.0, devices=1, device="")
     return Estimate(
         overlap=overlap,
         step_seconds=seconds,
         tokens_per_second_gpu=rate,
-        mfu=model_flops(cfg, length) * rate / peak,
-        mfu_internevo=internevo_flops(cfg, length) * rate / peak,
+        mfu=needed.model_flops * rate / peak,
+        mfu_internevo=needed.internevo_flops * rate / peak,
         hfu=program.flops / seconds / peak,
     )
 
