@@ -189,7 +189,7 @@ def test_the_parameters_alone_come_out_of_a_checkpoint(tmp_path: Path):
 
 def test_an_address_is_handed_on_as_it_is():
     """There is no such bucket here: it is TensorStore or Orbax that says so, not a local path."""
-    with pytest.raises(Exception, match="(?i)gs|bucket|gcs"):
+    with pytest.raises(Exception, match=r"(?i)gs|bucket|gcs"):
         Checkpoints("gs://no-such-bucket-of-internjax/run")
     assert not Path("gs:").exists()
 

@@ -4,6 +4,7 @@ One chain serves all of them; only the middle part differs. Leaves are told apar
 ("layers/w_up"), because stacked layers hide the rank: a stacked norm is [L, D].
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -162,13 +163,16 @@ def _muon(cfg: OptimConfig) -> optax.GradientTransformation:
     def dims(params: Params) -> Params:
         return map_paths(lambda path, _: matrix_dims(path), params)
 
+    def as_large_as_adamw(updates: Params, _: Any) -> Params:
+        # Root mean square 0.2 an entry, so that both share a rate (arXiv:2502.16982, eq. 4).
+        return map_paths(lambda path, u: u * 0.2 * _longer_side(path, u.shape) ** 0.5, updates)
+
     muon = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=dims),
-        # 0.2: updates as large as AdamW's, so that both share a rate (arXiv:2502.16982, eq. 4).
-        optax.contrib.scale_by_shape(weight_dimension_numbers=dims, consistent_rms=0.2),
+        automatic(optax.contrib.scale_by_muon(weight_dimension_numbers=dims)),
+        optax.stateless(as_large_as_adamw),
     )
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
-    return optax.partition({"muon": automatic(muon), "adam": adam}, labels)
+    return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 # Dims of one layer that are the matrix's input and output; all before them are a batch of layers.
@@ -182,6 +186,12 @@ _MATRIX_DIMS = {
 def matrix_dims(path: str) -> MuonDimensionNumbers | None:
     """Returns which dims of a layer's weight are rows and columns; None for what is no matrix."""
     return _MATRIX_DIMS.get(path.rpartition("/")[2])
+
+
+def _longer_side(path: str, shape: tuple[int, ...]) -> int:
+    dims = matrix_dims(path)
+    sides = [(side,) if isinstance(side, int) else side for side in dims]
+    return max(math.prod(shape[dim] for dim in side) for side in sides)
 
 
 def automatic(tx: optax.GradientTransformation) -> optax.GradientTransformation:
