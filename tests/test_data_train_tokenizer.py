@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from internjax.data.document import Document, Source, write_documents
+from internjax.data.document import Document, Source, read_documents, write_documents
 from internjax.data.mixture import open_sources
 from internjax.data.shards import TokenShards
 from internjax.data.sources import documents_file, write_sources
 from internjax.data.tokenizer import Tokenizer, load_tokenizer
 from internjax.data.train_tokenizer import train_tokenizer
-from internjax.errors import Missing, UserError
+from internjax.errors import Corrupt, Missing, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +88,13 @@ def test_what_cannot_be_trained(tmp_path: Path, texts, options, words: str):
     with pytest.raises(UserError, match=words):
         train_tokenizer(texts, tmp_path / "t", **options)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_broken_document_is_named_not_the_trainer(tmp_path: Path):
+    (tmp_path / "documents.jsonl").write_text("{}\n")
+    texts = (document.content for document in read_documents(tmp_path / "documents.jsonl"))
+    with pytest.raises(Corrupt, match=r"^documents\.jsonl:1:"):
+        train_tokenizer(texts, tmp_path / "t", vocab_size=300)
 
 
 # --- the same documents as shards -----------------------------------------------------------------

@@ -39,11 +39,11 @@ def train_tokenizer(
     """
     if not 0 < coverage <= 1:
         raise UserError(f"coverage={coverage} must lie in 0 < x <= 1.")
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), _Lines(texts)
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -60,6 +60,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.error:  # SentencePiece makes text of it, traceback and all
+            raise lines.error from None
         raise UserError(_advice(str(error), vocab_size)) from error
     with folder_whole(out) as folder:
         (folder / "tokenizer.model").write_bytes(model.getvalue())
@@ -67,11 +69,21 @@ def train_tokenizer(
     return load_tokenizer(out)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            for start in range(0, len(line), LINE_CHARACTERS):
-                yield line[start : start + LINE_CHARACTERS]
+class _Lines:
+    """The lines of texts, none too long; keeps the error that reading the texts ended with."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts, self.error = texts, None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                for line in text.splitlines():
+                    for start in range(0, len(line), LINE_CHARACTERS):
+                        yield line[start : start + LINE_CHARACTERS]
+        except UserError as error:
+            self.error = error
+            raise
 
 
 def _advice(message: str, vocab_size: int) -> str:
