@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -81,37 +82,43 @@ def test_any_step_at_any_time_in_any_part(folder: Path, packing: str):
         )
 
 
-# One of N processes: reads its rows of three steps, as it would in a run of N.
-PROCESS = """
-import json, sys, hashlib
-import numpy as np
+# Four processes, each of which opens the shards and reads its rows as it would in a run of 1, 2 and
+# 4; forked from one interpreter, because importing four times would take the longest.
+PROCESSES = """
+import json, os, sys
 from internjax.data.mixture import *
-folder, rank, counts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-weights = tuple(WeightsFrom(b, w) for b, w in json.loads(sys.argv[4]))
-plan = BatchPlan(8, rampup="4 2 3", skip_batches="2,5-6")
-made = Mixture(open_sources(folder), plan, MixtureConfig(length=16, weights=weights))
-for count in counts:
-    for step in (13, 4):
-        n = made.batch_size(step) // count
-        if rank < count:
-            batch = made.batch_at(step, slice(rank * n, (rank + 1) * n))
-            print(json.dumps([count, step, rank, batch.tokens.tolist(), batch.sources.tolist()]))
+folder, weights = sys.argv[1], tuple(WeightsFrom(b, w) for b, w in json.loads(sys.argv[2]))
+children = []
+for rank in range(4):
+    child = os.fork()
+    if child:
+        children.append(child)
+        continue
+    plan = BatchPlan(8, rampup="4 2 3", skip_batches="2,5-6")
+    made = Mixture(open_sources(folder), plan, MixtureConfig(length=16, weights=weights))
+    lines = []
+    for count in (1, 2, 4):
+        for step in (13, 4):
+            n = made.batch_size(step) // count
+            if rank < count:
+                batch = made.batch_at(step, slice(rank * n, (rank + 1) * n))
+                lines.append([count, step, rank, batch.tokens.tolist(), batch.sources.tolist()])
+    with open(f"{sys.argv[3]}/{rank}.json", "w") as file:
+        json.dump(lines, file)
+    os._exit(0)
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_one_two_and_four_real_processes_read_the_same_batch(folder: Path):
+def test_one_two_and_four_real_processes_read_the_same_batch(folder: Path, tmp_path: Path):
     weights = json.dumps([[w.batch, w.weights] for w in CHANGING])
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, folder, str(rank), "[1, 2, 4]", weights],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    lines = [json.loads(line) for child in children for line in child.communicate()[0].splitlines()]
-    assert [child.returncode for child in children] == [0] * 4
+    subprocess.run(
+        [sys.executable, "-c", PROCESSES, folder, weights, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    lines = [line for file in tmp_path.glob("*.json") for line in json.loads(file.read_text())]
     here = mixture(folder, PLAN, weights=CHANGING)
     for step in (13, 4):
         whole = here.batch_at(step)
@@ -146,6 +153,22 @@ def test_the_data_of_a_seed_never_change(folder: Path):
     assert made.trace(4, 0) == ("en", [(6, 27, 5), (7, 0, 11)])
     assert made.trace(30_000, 5) == ("zh", [(30, 31, 5)])
     assert made.settings() == json.loads(json.dumps(made.settings()))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_guide_shows_code_that_runs(tmp_path: Path, monkeypatch, language: str):
+    page = (ROOT / "docs" / language / "token-shards.md").read_text(encoding="utf-8")
+    write(tmp_path / "shards" / "train" / "en", random_documents(300, 1))
+    write(tmp_path / "shards" / "train" / "zh", random_documents(300, 2))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(
+        compile(re.search(r"```python\n(.*?)```", page, re.S)[1], "token-shards.md", "exec"), names
+    )
+    assert names["batch"].tokens.shape == (64, 4096) and names["mine"].tokens.shape == (16, 4096)
+    if "reader" in names:
+        assert_same(names["reader"](7000), names["batch"])
+        names["reader"].close()
 
 
 # --- epochs, shares -------------------------------------------------------------------------------
