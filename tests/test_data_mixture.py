@@ -147,6 +147,17 @@ def test_sources_are_known_by_name_and_orders_by_seed(folder: Path):
     assert tokens[0] == one.batch_at(5).tokens.tolist() and tokens[0] != tokens[1]
 
 
+def test_sources_behind_an_address_and_half_made_ones(folder: Path, tmp_path: Path):
+    here = mixture(folder)
+    there = Mixture(open_sources(f"file://{folder}/{{en,zh}}"), BatchPlan(8), here.config)
+    assert there.names == ["en", "zh"] and there.settings() == here.settings()
+    assert_same(there.batch_at(3), here.batch_at(3))
+    assert list(open_sources(f"file://{folder}/en")) == ["en"]
+    write(tmp_path / "en", [[1, 2]])
+    write(tmp_path / ".partial-zh-1", [[1, 2]])  # what a killed writer leaves
+    assert list(open_sources(tmp_path)) == ["en"]
+
+
 def test_the_data_of_a_seed_never_change(folder: Path):
     """A resumed run reads the tokens it would have read, with whatever version it is resumed."""
     made = mixture(folder, PLAN, weights=CHANGING)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -254,10 +253,10 @@ def test_addresses_that_cannot_be_read(tmp_path: Path):
 
 @pytest.fixture
 def s3_server(monkeypatch):
-    """Moto's S3 server, an optional tool: `pip install "moto[s3]" flask flask-cors` anywhere."""
-    program = os.environ.get("INTERNJAX_MOTO_SERVER") or shutil.which("moto_server")
+    """Moto's S3 server, which needs an environment of its own: `pip install "moto[server]"`."""
+    program = os.environ.get("INTERNJAX_MOTO_SERVER")
     if not program:
-        pytest.skip("no moto_server on the PATH, nor named by INTERNJAX_MOTO_SERVER")
+        pytest.skip("INTERNJAX_MOTO_SERVER names no moto_server program")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -268,6 +267,7 @@ def s3_server(monkeypatch):
     )
     address = f"http://127.0.0.1:{port}"
     for _ in range(300):
+        assert server.poll() is None, f"{program} ended at once"
         try:
             urllib.request.urlopen(f"{address}/moto-api/", timeout=1).close()
             break

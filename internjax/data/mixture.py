@@ -246,7 +246,7 @@ def open_sources(path: Path | str, **options: Any) -> dict[str, TokenShards]:
         return {name: TokenShards(place, **options) for name, place in found.items()}
     if is_address(path) or (Path(path) / HEADER).is_file():
         return {text.rstrip("/").rpartition("/")[2]: TokenShards(path, **options)}
-    folders = sorted(file.parent for file in Path(path).glob(f"*/{HEADER}"))
+    folders = sorted(file.parent for file in Path(path).glob(f"[!.]*/{HEADER}"))  # none half made
     if not folders:
         raise Missing(
             f"{path} holds no token shards, and neither does a folder in it (no {HEADER}): make "

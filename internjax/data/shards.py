@@ -132,14 +132,15 @@ class TokenShards:
                 f"{self.path} was made with tokenizer {self.header['tokenizer'][:12]}, the model's "
                 f"is {tokenizer_hash[:12]}: make the shards again with this model's tokenizer."
             )
-        self._shards = [_open_shard(self.path, s, self.header) for s in self.header["shards"]]
+        opened = [_open_shard(self.path, s, self.header) for s in self.header["shards"]]
+        self._shards = [shard for shard, _ in opened]
         if verify:
-            for shard, entry in zip(self._shards, self.header["shards"], strict=True):
-                _verify(self.path, shard, entry)
+            for (shard, offsets), entry in zip(opened, self.header["shards"], strict=True):
+                _verify(self.path, shard, offsets, entry)
         # Where every shard, and every document, begins in the stream of all tokens; M = N + 1.
         sizes = [entry["tokens"] for entry in self.header["shards"]]
         self._firsts = np.cumsum([0, *sizes], dtype=np.int64)
-        parts = [first + shard.offsets[:-1] for first, shard in zip(self._firsts, self._shards)]
+        parts = [first + offsets[:-1] for first, (_, offsets) in zip(self._firsts, opened)]
         self.offsets: Int64[np.ndarray, "M"] = np.concatenate([*parts, self._firsts[-1:]])
 
     def __len__(self) -> int:
@@ -209,7 +210,6 @@ class TokenShards:
 @dataclass(frozen=True)
 class _Shard:
     tokens: np.ndarray | RemoteArray
-    offsets: np.ndarray  # [N + 1]
     mask: np.ndarray | RemoteArray | None
 
 
@@ -236,7 +236,8 @@ def _read_header(path: Path | str) -> dict:
     return header
 
 
-def _open_shard(path: Path | str, shard: dict, header: dict) -> _Shard:
+def _open_shard(path: Path | str, shard: dict, header: dict) -> tuple[_Shard, np.ndarray]:
+    """Returns a shard and where its documents begin in it `[N + 1]`."""
     dtype, stem = np.dtype(header["dtype"]), shard["name"]
     check_size(path, f"{stem}.bin", shard["tokens"] * dtype.itemsize)
     check_size(path, f"{stem}.idx", (shard["documents"] + 1) * 8)
@@ -249,16 +250,15 @@ def _open_shard(path: Path | str, shard: dict, header: dict) -> _Shard:
             f"{path}/{stem}.idx is damaged: its offsets do not rise from 0 to the token count."
         )
     if not shard["tokens"]:  # a memory map of nothing is an error of the system
-        return _Shard(np.zeros(0, dtype), offsets, np.zeros(0, np.uint8))
+        return _Shard(np.zeros(0, dtype), np.zeros(0, np.uint8)), offsets
     tokens = open_array(path, f"{stem}.bin", dtype)
-    return _Shard(
-        tokens, offsets, open_array(path, f"{stem}.mask", np.dtype("u1")) if masked else None
-    )
+    mask = open_array(path, f"{stem}.mask", np.dtype("u1")) if masked else None
+    return _Shard(tokens, mask), offsets
 
 
-def _verify(path: Path | str, shard: _Shard, entry: dict) -> None:
+def _verify(path: Path | str, shard: _Shard, offsets: np.ndarray, entry: dict) -> None:
     digest = hashlib.sha256()
-    for array in (shard.tokens, shard.offsets, shard.mask):
+    for array in (shard.tokens, offsets, shard.mask):
         if array is not None:
             digest.update(array[:].tobytes())
     if digest.hexdigest() != entry["sha256"]:
