@@ -80,6 +80,10 @@ class Checkpoints:
         with self._told():
             self._manager.save(step, args=args)
 
+    def writing(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._manager.is_saving_in_progress()
+
     def restore(
         self, like: Any, *, expect: Mapping[str, Any], allow_changes: bool = False
     ) -> tuple[int, Any]:

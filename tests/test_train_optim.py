@@ -14,7 +14,7 @@ from internjax.mesh import MeshConfig, make_mesh
 from internjax.models.decoder import param_table
 from internjax.train.adam8 import block_shape, dequantize, dynamic_table, quantize, scale_by_adam8
 from internjax.train.mup import rescale_start
-from internjax.train.optim import OptimConfig, make_optimizer, make_schedule
+from internjax.train.optim import OptimConfig, make_optimizer, make_schedule, optimizer_facts
 from internjax.train.schedule import beta2_at
 from internjax.tree import flatten, size_bytes, unflatten
 from tests.fakes import tiny_model
@@ -103,6 +103,15 @@ def test_beta2_rises_as_internevo_has_it():
     got = [float(beta2_at(0.95, 0.8, k - 1)) for k in updates]
     np.testing.assert_allclose(got, np.maximum(0.95, 1 - updates**-0.8), rtol=1e-6)
     assert got[0] == np.float32(0.95) and got[-1] > 0.995
+
+
+def test_the_log_can_tell_every_steps_rate_and_beta2():
+    cfg = OptimConfig(lr=1.0, warmup_fraction=0.5, schedule="constant", b2=0.5, b2_power=0.8)
+    facts = optimizer_facts(cfg, 4)
+    assert [facts(k)["lr"] for k in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    want = [max(0.5, 1 - k**-0.8) for k in (1, 2, 3, 4)]
+    assert [facts(k)["adam_beta2"] for k in range(4)] == pytest.approx(want, rel=1e-6)
+    assert optimizer_facts(OptimConfig(name="lion"), 2)(1).keys() == {"lr"}
 
 
 def problem(seed: int = 0):

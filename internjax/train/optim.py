@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -77,6 +79,20 @@ class OptimConfig:
 def make_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
     """Makes the learning rate as a function of the number of updates done."""
     return rate_at(cfg, total_steps)
+
+
+def optimizer_facts(cfg: OptimConfig, total_steps: int) -> Callable[[int], dict[str, float]]:
+    """Makes `facts(step)`: lr and adam_beta2 of the update that follows `step` updates.
+
+    Computed for all steps at once: asked one by one, the device would have to answer between two
+    training steps.
+    """
+    steps = jnp.arange(total_steps)
+    told = {"lr": np.asarray(jax.vmap(make_schedule(cfg, total_steps))(steps))}
+    if cfg.name.startswith("adam"):
+        beta2 = jax.vmap(lambda done: beta2_at(cfg.b2, cfg.b2_power, done))
+        told["adam_beta2"] = np.asarray(beta2(steps))
+    return lambda step: {name: float(values[step]) for name, values in told.items()}
 
 
 def make_optimizer(
