@@ -85,7 +85,7 @@ def test_a_write_that_died_is_never_seen_and_goes(tmp_path: Path):
 def test_a_checkpoint_moves_to_another_mesh(tmp_path: Path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree(1), {})
-    mesh = make_mesh(MeshConfig(fsdp=4))
+    mesh = make_mesh(MeshConfig(data=4))
     like = jax.device_put(tree(), NamedSharding(mesh, P()))
     like["w"] = jax.device_put(like["w"], NamedSharding(mesh, P("fsdp")))
     with Checkpoints(tmp_path) as checkpoints:

@@ -13,6 +13,7 @@ import numpy as np
 from internjax.data.batch import Batch
 from internjax.data.loader import batches
 from internjax.models.decoder import init_params
+from internjax.train.gradients import make_gradients
 from internjax.train.loop import RunConfig, fit
 from internjax.train.losses import next_token_loss
 from internjax.train.optim import OptimConfig, make_optimizer
@@ -52,7 +53,7 @@ def train(
     loss = lambda params, batch, _: next_token_loss(params, batch, TINY)  # noqa: E731
     return fit(
         init_state(init_params(TINY, jax.random.key(0)), tx),
-        make_train_step(loss, tx),
+        make_train_step(make_gradients(loss), tx),
         batch_at or batches(rows(24), 4, seed=1),
         RunConfig(steps=steps, save_every=save_every, progress=False),
         folder,
