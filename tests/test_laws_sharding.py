@@ -12,7 +12,6 @@ from internjax.errors import UserError
 from internjax.mesh import MeshConfig, make_mesh
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import init_params
-from internjax.models.params import join_layers
 from internjax.models.remat import Remat
 from internjax.train.losses import LossConfig, Stages
 from internjax.train.place import ONE_DEVICE, Placement, placement
@@ -85,7 +84,7 @@ def parts_and_grads(
     place.check(cfg, 8, 16, micro)
     gradients = jax.jit(place.gradients(stages, micro_batches=micro))
     parts, grads = gradients(place.params(params, cfg), place.batch(Batch(**data)), None)
-    return parts, join_layers(grads, place.cfg.chunks)
+    return parts, place.joined(grads)
 
 
 def assert_close(got, want, bound: float, name: str) -> None:
@@ -118,8 +117,10 @@ def test_sharded_equals_single_device(dtype: str, head: str, meshes: tuple[str, 
             assert_close(got, want, TOLERANCE[dtype], name)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [*((name, "tied") for name in PIPELINES), ("data-tensor-pipe", "untied")],
+)
 def test_a_pipeline_equals_a_single_device(name: str, head: str):
     with jax.enable_x64(True):
         cfg = replace(tiny("float64", tied=head == "tied"), num_layers=4)

@@ -42,6 +42,6 @@ def test_width_scaling_narrows_matrices_and_the_head_and_leaves_the_embedding():
         np.testing.assert_allclose(spread(wide, *path), spread(plain, *path) * ratio, rtol=1e-5)
 
 
-def test_an_unknown_kind_is_refused():
+def test_a_negative_width_is_refused():
     with pytest.raises(UserError, match=r"kinds are gpt2, internlm, internlm2"):
-        InitConfig("xavier")
+        InitConfig(base_width=-1)

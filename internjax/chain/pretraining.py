@@ -20,7 +20,6 @@ from internjax.errors import UserError
 from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.models.load import Model
-from internjax.models.params import join_layers
 from internjax.models.remat import Remat
 from internjax.train.gradients import Gradients
 from internjax.train.loop import RunConfig, fit
@@ -102,6 +101,7 @@ def pretrain(
             settings=settings_of(cfg),
         )
         after = bits_per_byte(state.params, heldout, model.cfg, cfg.length, place)
+        params = place.joined(state.params)
     metrics = {
         "heldout_bits_per_byte_before": before,
         "heldout_bits_per_byte_after": after,
@@ -110,7 +110,6 @@ def pretrain(
         "loss": [r["loss"] for r in records],
         "tokens_per_second": median_rate(records),
     }
-    params = join_layers(state.params, place.cfg.chunks)
     return dataclasses.replace(model, params=params), metrics
 
 

@@ -76,11 +76,3 @@ def cut_layers(params: Params, chunks: int) -> Params:
         return params
     cut = lambda x: x.reshape(chunks, x.shape[0] // chunks, *x.shape[1:])  # noqa: E731
     return {**params, "layers": jax.tree.map(cut, params["layers"])}
-
-
-def join_layers(params: Params, chunks: int) -> Params:
-    """Inverse of `cut_layers`."""
-    if chunks == 1:
-        return params
-    join = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    return {**params, "layers": jax.tree.map(join, params["layers"])}

@@ -73,12 +73,12 @@ class Schedule:
         """Share of the ideal time that is added by filling and emptying the pipeline."""
         return (self.stages - 1) / self.num_passes
 
-    def forward(self, step: Array, stage: Array) -> tuple[Array, Array, Array]:
+    def forward(self, step: Array | int, stage: Array | int) -> tuple[Array | int, ...]:
         """Returns number, part and micro-batch of a stage's forward in a step."""
         k = step - stage
         return k, *self._place(k, lambda chunk: chunk)
 
-    def backward(self, step: Array, stage: Array) -> tuple[Array, Array, Array]:
+    def backward(self, step: Array | int, stage: Array | int) -> tuple[Array | int, ...]:
         """Returns number of the forward it undoes, part and micro-batch of a backward."""
         j = step - self.delay - (self.stages - 1 - stage)
         chunk, micro = self._place(j, lambda chunk: self.chunks - 1 - chunk)
@@ -86,7 +86,7 @@ class Schedule:
         k = group + chunk * self.stages + micro % self.stages
         return jnp.where((j >= 0) & (j < self.num_passes), k, -1), chunk, micro
 
-    def _place(self, number: Array, order: Callable) -> tuple[Array, Array]:
+    def _place(self, number: Array | int, order: Callable) -> tuple:
         """Micro-batches go in groups of P through the parts of all stages in turn."""
         round_, rest = number // (self.stages * self.chunks), number % (self.stages * self.chunks)
         return order(rest // self.stages), round_ * self.stages + rest % self.stages
@@ -283,7 +283,7 @@ class _Run:
         layers = self.work["layers"]
         return layers if self.schedule.chunks == 1 else jax.tree.map(lambda x: x[chunk], layers)
 
-    def _micro(self, number: Array) -> Batch:
+    def _micro(self, number: Array | int) -> Batch:
         return jax.tree.map(lambda x: x[number], self.batch)
 
     def _send(self, x: Array, direction: int) -> Array:
@@ -320,9 +320,7 @@ class _Run:
         return {name: jnp.zeros((), wide_dtype) for name in names}
 
     def _zero_grads(self) -> Params:
-        def zeros(x: Array) -> Array:
-            return jnp.zeros(x.shape, wide(x.dtype))
-
+        zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))  # noqa: E731
         grads = jax.tree.map(zeros, self.work)
         if not self.layout.scatter_each:
             return grads

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from internjax.collectives import ALONE, Parallel, parallel_of
 from internjax.data.batch import Batch
@@ -90,6 +90,18 @@ class Placement:
             return params
         put = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec))  # noqa: E731
         return jax.tree.map(put, cut_layers(params, self.cfg.chunks), layout.rest)
+
+    def joined(self, params: Params) -> Params:
+        """Returns laid-out parameters (or their gradients) with layers as `[L, ...]` again."""
+        if self.cfg.chunks == 1:
+            return params
+
+        def join(x: jax.Array) -> jax.Array:
+            rest = jax.typeof(x).sharding.spec[2:]
+            x = jax.reshard(x, P(None, None, *rest))  # layers of a stage are not neighbours
+            return jnp.reshape(x, (-1, *x.shape[2:]), out_sharding=P(None, *rest))
+
+        return {**params, "layers": jax.tree.map(join, params["layers"])}
 
     def gradients(self, stages: Stages, **options: Any) -> Gradients:
         """Makes the gradients of a model's loss; options as in `make_gradients`."""
