@@ -32,6 +32,10 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("chain", ""): Verb("chain"),
     ("data", "run"): Verb("data", ("input", "out")),
     ("data", "check"): Verb("data", ("input",)),
+    ("data", "tokenizer"): Verb("tokens", ("input", "out")),
+    ("data", "shards"): Verb("tokens", ("input", "out")),
+    ("data", "import"): Verb("tokens", ("input", "out")),
+    ("data", "export"): Verb("tokens", ("input", "out")),
     ("pretrain", ""): Verb("pretrain", ("model",)),
     ("tune", ""): Verb("tune", ("model",)),
     ("evaluate", ""): Verb("evaluate", ("model",)),
@@ -300,17 +304,22 @@ def _overview() -> str:
 
 
 def _help(verb: str) -> str:
+    rows = [(action, row) for (v, action), row in VERBS.items() if v == verb]
+    modules = dict.fromkeys(row.module for _, row in rows)
+    return "\n\n".join(_help_of(verb, rows, module) for module in modules)
+
+
+def _help_of(verb: str, rows: list[tuple[str, Verb]], module: str) -> str:
+    """What one experiment of a verb is for, how it is called, and its keys."""
     from internjax.usage import describe, docstring
 
-    configs = _folder(CONFIGS)
-    rows = [(action, row) for (v, action), row in VERBS.items() if v == verb]
-    module = rows[0][1].module
-    path = _folder(EXPERIMENTS) / f"{module}.py"
+    configs, path = _folder(CONFIGS), _folder(EXPERIMENTS) / f"{module}.py"
     usage = []
     for action, row in rows:
         words = [*row.words, *([f"{row.many}..."] if row.many else [])]
         parts = ["internjax", verb, action, *(f"[{word.upper()}]" for word in words)]
-        usage.append("  " + " ".join(part for part in [*parts, "[key=value...]"] if part))
+        if row.module == module:
+            usage.append("  " + " ".join(part for part in [*parts, "[key=value...]"] if part))
     text = docstring(path) if path.is_file() else "(not in this version)"
     keys = describe(configs, module) if (configs / f"{module}.yaml").is_file() else ""
     return "\n".join([text, "", "Usage:", *usage, "", "Keys, as key=default:", keys])

@@ -4,7 +4,7 @@ Two ways, as in InternEvo: keep samples apart (`pack_sample_into_one=False`) or 
 (`True`). Memory is bounded by the rows still open, whatever the number of samples.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,11 +51,17 @@ class _Segment:
     ids: np.ndarray  # [n]
     learn: np.ndarray  # [n], whether an id counts as a target
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "_Segment":
+        return _Segment(self.ids[part], self.learn[part])
+
 
 @dataclass
 class _OpenRow:
     room: int
-    segments: list[_Segment] = field(default_factory=list)
+    pieces: list = field(default_factory=list)
 
 
 def _checked(samples: Iterable[Sample]) -> Iterator[_Segment]:
@@ -66,25 +72,31 @@ def _checked(samples: Iterable[Sample]) -> Iterator[_Segment]:
             yield _Segment(np.asarray(ids, np.int32), np.asarray(mask, np.float32))
 
 
-def _first_fit(segments: Iterable[_Segment], length: int) -> Iterator[list[_Segment]]:
+def first_fit[Piece: Sized](pieces: Iterable[Piece], length: int) -> Iterator[list[Piece]]:
+    """Yields the pieces of each row: a piece goes into the first open row that has room for it.
+
+    Args:
+      pieces: anything with a length that can be sliced: token ids, or a `range` of positions.
+      length: of a row; a longer piece is cut into several.
+    """
     rows: list[_OpenRow] = []
-    for whole in segments:
-        for segment in _split(whole, length):
-            size = len(segment.ids)
+    for whole in pieces:
+        for piece in _split(whole, length):
+            size = len(piece)
             row = next((row for row in rows if row.room >= size), None)
             if row is None:
                 row = _OpenRow(length)
                 rows.append(row)
-            row.segments.append(segment)
+            row.pieces.append(piece)
             row.room -= size
             if row.room == 0:
                 rows.remove(row)
-                yield row.segments
+                yield row.pieces
             elif len(rows) > OPEN_ROWS:
                 fullest = min(rows, key=lambda row: row.room)
                 rows.remove(fullest)
-                yield fullest.segments
-    yield from (row.segments for row in rows)
+                yield fullest.pieces
+    yield from (row.pieces for row in rows)
 
 
 def _concat(segments: Iterable[_Segment], length: int) -> Iterator[list[_Segment]]:
@@ -104,12 +116,11 @@ def _concat(segments: Iterable[_Segment], length: int) -> Iterator[list[_Segment
         yield [_join(waiting)]
 
 
-_MODES = {"first_fit": _first_fit, "concat": _concat}
+_MODES = {"first_fit": first_fit, "concat": _concat}
 
 
-def _split(segment: _Segment, length: int) -> list[_Segment]:
-    starts = range(0, len(segment.ids), length)
-    return [_Segment(segment.ids[i : i + length], segment.learn[i : i + length]) for i in starts]
+def _split[Piece: Sized](piece: Piece, length: int) -> list[Piece]:
+    return [piece[i : i + length] for i in range(0, len(piece), length)]
 
 
 def _join(segments: list[_Segment]) -> _Segment:

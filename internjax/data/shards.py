@@ -2,23 +2,25 @@
 
 A folder of shards has a `header.json` that names the tokenizer by hash and counts everything; the
 folder appears under its name only when it is whole. `documents.jsonl` tells which document each row
-came from.
+came from. Where some tokens must not be learned, `.mask` holds a byte a token, 1 to learn it.
+A folder is a local path, or an address such as s3://bucket/folder (see `data.store`).
 """
 
-import bisect
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt8
 
 from internjax.data.files import folder_whole, write_json, write_jsonl
+from internjax.data.store import RemoteArray, check_size, is_address, open_array, read_file
 from internjax.errors import Corrupt, Missing, UserError
 
-FORMAT, VERSION = "internjax-tokens", 1
+FORMAT = "internjax-tokens"
+VERSION, MASKED_VERSION = 1, 2  # a reader of version 1 would train on what a mask excludes
 HEADER = "header.json"
 Row = tuple[str, Integer[np.ndarray, "_"], int]  # document id, token ids, UTF-8 bytes of its text
 
@@ -30,12 +32,15 @@ def write_shards(
     tokenizer_hash: str,
     vocab_size: int,
     shard_tokens: int = 2**26,
+    masked: bool = False,
 ) -> dict:
     """Writes documents as a folder of shards, whole or not at all; returns its header.
 
     Args:
       rows: (document id, token ids, bytes of the text); ids must lie in 0..vocab_size-1.
       shard_tokens: a shard ends with the document that fills it.
+      masked: rows have negative ids, too: token abs(id), which is not learned (InternEvo's way).
+        Id 0 has no negative and is never learned.
     """
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     shards, documents = [], []
@@ -45,11 +50,11 @@ def write_shards(
                 {"id": name, "shard": number, "tokens": len(ids), "bytes": size}
                 for name, ids, size in part
             ]
-            shards.append(_write_shard(folder, number, part, dtype, vocab_size))
+            shards.append(_write_shard(folder, number, part, dtype, vocab_size, masked))
         write_jsonl(folder / "documents.jsonl", documents)
         header = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": MASKED_VERSION if masked else VERSION,
             "dtype": dtype.str,
             "tokenizer": tokenizer_hash,
             "vocab_size": vocab_size,
@@ -64,37 +69,51 @@ def write_shards(
 
 def _parts(rows: Iterable[Row], shard_tokens: int) -> Iterator[list[Row]]:
     part: list[Row] = []
+    count = 0
     for row in rows:
         part.append(row)
-        if sum(len(ids) for _, ids, _ in part) >= shard_tokens:
+        count += len(row[1])
+        if count >= shard_tokens:
             yield part
-            part = []
+            part, count = [], 0
     if part:
         yield part
 
 
 def _write_shard(
-    folder: Path, number: int, part: list[Row], dtype: np.dtype, vocab_size: int
+    folder: Path, number: int, part: list[Row], dtype: np.dtype, vocab_size: int, masked: bool
 ) -> dict:
+    lowest = 1 - vocab_size if masked else 0
     for name, ids, _ in part:
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise UserError(f"document {name}: a token id lies outside 0..{vocab_size - 1}.")
-    tokens = np.concatenate([ids for _, ids, _ in part]).astype(dtype)
-    offsets = np.cumsum([0, *(len(ids) for _, ids, _ in part)], dtype="<i8")
-    stem = f"tokens-{number:05d}"
-    (folder / f"{stem}.bin").write_bytes(tokens.tobytes())
-    (folder / f"{stem}.idx").write_bytes(offsets.tobytes())
-    sha256 = hashlib.sha256(tokens.tobytes() + offsets.tobytes()).hexdigest()
-    return {"name": stem, "documents": len(part), "tokens": len(tokens), "sha256": sha256}
+        if len(ids) and not lowest <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise UserError(f"document {name}: a token id lies outside {lowest}..{vocab_size - 1}.")
+    signed = np.concatenate([ids for _, ids, _ in part])
+    arrays = {
+        "bin": np.abs(signed).astype(dtype) if masked else signed.astype(dtype),
+        "idx": np.cumsum([0, *(len(ids) for _, ids, _ in part)], dtype="<i8"),
+    }
+    if masked:
+        arrays["mask"] = (signed > 0).astype(np.uint8)
+    stem, digest = f"tokens-{number:05d}", hashlib.sha256()
+    for ending, array in arrays.items():
+        (folder / f"{stem}.{ending}").write_bytes(array.tobytes())
+        digest.update(array.tobytes())
+    return {
+        "name": stem,
+        "documents": len(part),
+        "tokens": len(signed),
+        "sha256": digest.hexdigest(),
+    }
 
 
 class TokenShards:
     """Reads a folder of token shards: `len(shards)` documents, `shards[i]` the ids of one.
 
-    Files are mapped, not read. Sizes and offsets are checked on opening.
+    Local files are mapped, not read; of files behind an address only the bytes asked for are read.
+    Sizes and offsets are checked on opening.
 
     Args:
-      path: the folder.
+      path: the folder, a path or an address.
       tokenizer_hash: hash of the tokenizer that is going to decode; None takes any.
       verify: also compares the checksum of every file.
 
@@ -103,35 +122,65 @@ class TokenShards:
       UserError: made with another tokenizer.
     """
 
-    def __init__(self, path: Path, *, tokenizer_hash: str | None = None, verify: bool = False):
-        self.path = Path(path)
+    def __init__(
+        self, path: Path | str, *, tokenizer_hash: str | None = None, verify: bool = False
+    ):
+        self.path = str(path).rstrip("/") if is_address(path) else Path(path)
         self.header = _read_header(self.path)
         if tokenizer_hash is not None and tokenizer_hash != self.header["tokenizer"]:
             raise UserError(
                 f"{self.path} was made with tokenizer {self.header['tokenizer'][:12]}, the model's "
                 f"is {tokenizer_hash[:12]}: make the shards again with this model's tokenizer."
             )
-        self._opened = [
-            _open_shard(self.path, s, self.header, verify) for s in self.header["shards"]
-        ]
-        counts = [len(offsets) - 1 for _, offsets in self._opened]
-        self._starts = [0, *itertools.accumulate(counts)]
+        opened = [_open_shard(self.path, s, self.header) for s in self.header["shards"]]
+        self._shards = [shard for shard, _ in opened]
+        if verify:
+            for (shard, offsets), entry in zip(opened, self.header["shards"], strict=True):
+                _verify(self.path, shard, offsets, entry)
+        # Where every shard, and every document, begins in the stream of all tokens; M = N + 1.
+        sizes = [entry["tokens"] for entry in self.header["shards"]]
+        self._firsts = np.cumsum([0, *sizes], dtype=np.int64)
+        parts = [first + offsets[:-1] for first, (_, offsets) in zip(self._firsts, opened)]
+        self.offsets: Int64[np.ndarray, "M"] = np.concatenate([*parts, self._firsts[-1:]])
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Integer[np.ndarray, "T"]:
         """Returns the ids of document `index`, a read-only view."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index %= len(self)
-        shard = bisect.bisect_right(self._starts, index) - 1
-        tokens, offsets = self._opened[shard]
-        at = index - self._starts[shard]
-        return tokens[offsets[at] : offsets[at + 1]]
+        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def __iter__(self) -> Iterator[Integer[np.ndarray, "T"]]:
         return (self[i] for i in range(len(self)))
+
+    def read(self, start: int, stop: int) -> Integer[np.ndarray, "T"]:
+        """Returns tokens `start`..`stop`-1 of the stream of all documents, a view if it can be."""
+        return self._slice(start, stop, lambda shard: shard.tokens, self.header["dtype"])
+
+    def read_mask(self, start: int, stop: int) -> UInt8[np.ndarray, "T"]:
+        """Returns whether the tokens of `read` are learned: 1 or 0, all 1 without a mask."""
+        if not self.masked:
+            return np.ones(stop - start, np.uint8)
+        return self._slice(start, stop, lambda shard: shard.mask, "u1")
+
+    def _slice(self, start: int, stop: int, field: Callable, dtype: str) -> np.ndarray:
+        at = int(np.searchsorted(self._firsts[1:], start, side="right"))
+        parts = []
+        while start < stop:
+            first, end = int(self._firsts[at]), min(stop, int(self._firsts[at + 1]))
+            parts.append(field(self._shards[at])[start - first : end - first])
+            start, at = end, at + 1
+        if not parts:
+            return np.zeros(0, dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not learned."""
+        return self.header["version"] == MASKED_VERSION
 
     @property
     def num_tokens(self) -> int:
@@ -150,51 +199,70 @@ class TokenShards:
 
     def lengths(self) -> Int64[np.ndarray, "N"]:
         """Returns the number of tokens of every document."""
-        return np.concatenate(
-            [np.diff(offsets) for _, offsets in self._opened] or [np.zeros(0, np.int64)]
-        ).astype(np.int64)
+        return np.diff(self.offsets)
 
     def documents(self) -> list[dict]:
         """Returns id, shard, tokens and bytes of every document, in order."""
-        lines = (self.path / "documents.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        text = read_file(self.path, "documents.jsonl").decode("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
 
-def _read_header(path: Path) -> dict:
-    file = path / HEADER
-    if not file.is_file():
+@dataclass(frozen=True)
+class _Shard:
+    tokens: np.ndarray | RemoteArray
+    mask: np.ndarray | RemoteArray | None
+
+
+def _read_header(path: Path | str) -> dict:
+    try:
+        text = read_file(path, HEADER)
+    except Missing as error:
         raise Missing(
             f"{path} holds no token shards (no {HEADER}): make them with `internjax data`."
-        )
+            if not is_address(path)
+            else str(error)
+        ) from None
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
+        header = json.loads(text)
     except ValueError as error:
-        raise Corrupt(f"{file} is damaged ({error}): make the shards again.") from None
+        raise Corrupt(f"{path}/{HEADER} is damaged ({error}): make the shards again.") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise Corrupt(f"{file} is not a header of token shards.")
-    if header["version"] != VERSION:
-        raise UserError(f"{file} has version {header['version']}, this program reads {VERSION}.")
+        raise Corrupt(f"{path}/{HEADER} is not a header of token shards.")
+    if header["version"] not in (VERSION, MASKED_VERSION):
+        raise UserError(
+            f"{path}/{HEADER} has version {header['version']}, this program reads "
+            f"{VERSION} and {MASKED_VERSION}."
+        )
     return header
 
 
-def _open_shard(
-    path: Path, shard: dict, header: dict, verify: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maps one shard: (tokens [T], offsets [N + 1])."""
-    dtype = np.dtype(header["dtype"])
-    files = (path / f"{shard['name']}.bin", path / f"{shard['name']}.idx")
-    for file, size in zip(files, (shard["tokens"] * dtype.itemsize, (shard["documents"] + 1) * 8)):
-        if not file.is_file():
-            raise Corrupt(f"{file} is missing: make the shards again.")
-        if (found := file.stat().st_size) != size:
-            raise Corrupt(f"{file} has {found:,} bytes, its header says {size:,}: make it again.")
-    # A memory map of nothing is an error of the system, so an empty shard is an empty array.
-    tokens = np.memmap(files[0], dtype=dtype, mode="r") if shard["tokens"] else np.zeros(0, dtype)
-    offsets = np.fromfile(files[1], dtype="<i8")
+def _open_shard(path: Path | str, shard: dict, header: dict) -> tuple[_Shard, np.ndarray]:
+    """Returns a shard and where its documents begin in it `[N + 1]`."""
+    dtype, stem = np.dtype(header["dtype"]), shard["name"]
+    check_size(path, f"{stem}.bin", shard["tokens"] * dtype.itemsize)
+    check_size(path, f"{stem}.idx", (shard["documents"] + 1) * 8)
+    masked = header["version"] == MASKED_VERSION
+    if masked:
+        check_size(path, f"{stem}.mask", shard["tokens"])
+    offsets = np.frombuffer(read_file(path, f"{stem}.idx"), dtype="<i8")
     if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 0).any():
-        raise Corrupt(f"{files[1]} is damaged: its offsets do not rise from 0 to the token count.")
-    if verify:
-        found = hashlib.sha256(tokens.tobytes() + offsets.tobytes()).hexdigest()
-        if found != shard["sha256"]:
-            raise Corrupt(f"{files[0]} or its .idx was altered: SHA-256 differs from {HEADER}.")
-    return tokens, offsets
+        raise Corrupt(
+            f"{path}/{stem}.idx is damaged: its offsets do not rise from 0 to the token count."
+        )
+    if not shard["tokens"]:  # a memory map of nothing is an error of the system
+        return _Shard(np.zeros(0, dtype), np.zeros(0, np.uint8)), offsets
+    tokens = open_array(path, f"{stem}.bin", dtype)
+    mask = open_array(path, f"{stem}.mask", np.dtype("u1")) if masked else None
+    return _Shard(tokens, mask), offsets
+
+
+def _verify(path: Path | str, shard: _Shard, offsets: np.ndarray, entry: dict) -> None:
+    digest = hashlib.sha256()
+    for array in (shard.tokens, offsets, shard.mask):
+        if array is not None:
+            digest.update(array[:].tobytes())
+    if digest.hexdigest() != entry["sha256"]:
+        raise Corrupt(
+            f"{path}/{entry['name']}.bin or a file beside it was altered: SHA-256 differs from "
+            f"{HEADER}."
+        )

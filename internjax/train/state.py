@@ -16,11 +16,13 @@ class TrainState:
       step: updates done, int32 scalar.
       params: what is trained: the whole model, or the adapter alone.
       opt_state: optax's state for `params`.
+      scale: the `LossScale` of a float16 run, else None.
     """
 
     step: Leaf
     params: Params
     opt_state: Leaf
+    scale: Leaf = None
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
