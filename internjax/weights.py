@@ -8,10 +8,14 @@ import math
 
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
+from internjax.collectives import Parallel
 from internjax.tree import Leaf
+
+GATHERED = "gathered"  # name of weights that ZeRO 3 gathered
 
 
 @struct.dataclass
@@ -91,13 +95,12 @@ def _num_in(w: LoraWeight) -> int:
     return w.a.ndim - 1 - lead
 
 
-def einsum(spec: str, x: Array, w: Weight, *, out: P | None = None, **kwargs) -> Array:
+def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
     """Contracts activations with a weight of any kind, in the dtype of the activations.
 
     Args:
       spec: as in `jnp.einsum`, for example "BTD,DNH->BTNH"; the letters of `w` that the result
         lacks are its input dims and must come first in it.
-      out: sharding of the result where a mesh is in use (needed when a sharded dim is contracted).
     """
     if isinstance(w, LoraWeight):
         lhs, rhs, result = _split(spec)
@@ -106,8 +109,8 @@ def einsum(spec: str, x: Array, w: Weight, *, out: P | None = None, **kwargs) ->
         kept = "".join(c for c in lhs if c not in inner)
         low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
         delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
-        return einsum(spec, x, w.base, out=out, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
-    return jnp.einsum(spec, x, plain(w, x.dtype), out_sharding=out, **kwargs)
+        return einsum(spec, x, w.base, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
+    return jnp.einsum(spec, x, plain(w, x.dtype), **kwargs)
 
 
 def _split(spec: str) -> tuple[str, str, str]:
@@ -116,13 +119,22 @@ def _split(spec: str) -> tuple[str, str, str]:
     return lhs, rhs, result
 
 
-def take(
-    w: Float[Array, "V D"], ids: Int[Array, "B T"], dtype, *, out: P | None = None
-) -> Float[Array, "B T D"]:
+def gather(w: Weight, dim: int, par: Parallel) -> Weight:
+    """Gathers a layer's weight whose dim `dim` is cut over `par.fsdp` (ZeRO 3); else returns it.
+
+    The result carries a name, so that a policy can forget it instead of keeping it for the backward
+    pass.
+    """
+    if par.fsdp is None:
+        return w
+    if not isinstance(w, Array):
+        raise TypeError(f"ZeRO stage 3 gathers plain arrays, not {type(w).__name__}.")
+    return checkpoint_name(lax.all_gather(w, par.fsdp, axis=dim, tiled=True), GATHERED)
+
+
+def take(w: Float[Array, "V D"], ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
     """Looks up rows of an embedding."""
-    if out is None:
-        return w[ids].astype(dtype)
-    return w.at[ids].get(out_sharding=out).astype(dtype)
+    return w[ids].astype(dtype)
 
 
 def num_weights(w: Weight) -> int:

@@ -17,26 +17,38 @@ def chunked_cross_entropy(
     targets: Int[Array, "B T"],
     *,
     chunk: int = 128,
-) -> Float[Array, "B T"]:
-    """Returns -log softmax(unembed(x))[target] at every position, natural, in the logits' dtype.
+    axis: str | None = None,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns what is minimised and -log softmax(unembed(x))[target], both at every position.
+
+    Natural logarithms, in the logits' dtype. The two differ by smoothing and z-loss only.
 
     Args:
       unembed: states to logits; it may close over sharded weights.
       chunk: positions of a row whose logits exist at one time.
+      axis: mesh axis over which the vocabulary is cut; logits are this device's part of it.
+      smoothing: share of the target's probability that is spread evenly (arXiv:1512.00567).
+      z_loss: weight of log^2 of the softmax's normaliser, which keeps logits small
+        (arXiv:2204.02311).
     """
 
     @jax.checkpoint
     def piece(x: Array, targets: Array) -> Array:
         logits = unembed(x)
-        # A masked sum instead of a gather: it stays local where the vocabulary is sharded.
-        vocabulary = jnp.arange(logits.shape[-1], dtype=targets.dtype)
-        hit = vocabulary[None, None, :] == targets[..., None]
-        at_target = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
-        return jax.nn.logsumexp(logits, axis=-1) - at_target
+        normaliser, at_target, mean = _over_vocabulary(logits, targets, axis)
+        nll = normaliser - at_target
+        aim = nll
+        if smoothing:
+            aim = normaliser - (1 - smoothing) * at_target - smoothing * mean
+        if z_loss:
+            aim = aim + z_loss * normaliser**2
+        return jnp.stack([aim, nll])
 
     T = x.shape[1]
     if chunk >= T:
-        return piece(x, targets)
+        return tuple(piece(x, targets))
     pad = -T % chunk
     x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)))
@@ -46,5 +58,21 @@ def chunked_cross_entropy(
         cut = lambda y: lax.dynamic_slice_in_dim(y, start, chunk, axis=1)  # noqa: E731
         return None, piece(cut(x), cut(targets))
 
-    _, losses = lax.scan(step, None, starts)  # [chunks, B, chunk]
-    return losses.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :T]
+    _, losses = lax.scan(step, None, starts)  # [chunks, 2, B, chunk]
+    losses = jnp.moveaxis(losses, 0, 2).reshape(2, x.shape[0], -1)[:, :, :T]
+    return tuple(losses)
+
+
+def _over_vocabulary(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array]:
+    """Returns log sum exp, the target's logit and the mean logit, each `[B, S]`."""
+    V = logits.shape[-1]
+    first = 0 if axis is None else lax.axis_index(axis) * V
+    hit = (jnp.arange(V, dtype=targets.dtype) + first)[None, None, :] == targets[..., None]
+    at_target = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
+    total = jnp.sum(logits, axis=-1)
+    if axis is None:
+        return jax.nn.logsumexp(logits, axis=-1), at_target, total / V
+    top = lax.pmax(lax.stop_gradient(logits.max(axis=-1)), axis)
+    exponents = jnp.exp(logits - top[..., None]).sum(axis=-1)
+    exponents, at_target, total = lax.psum((exponents, at_target, total), axis)
+    return jnp.log(exponents) + top, at_target, total / (V * lax.axis_size(axis))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from internjax.data.loader import batches
+from internjax.train.gradients import make_gradients
 from internjax.train.launch import detect, is_worker, joined, supervise
 from internjax.train.loop import RunConfig, fit
 from internjax.train.optim import OptimConfig, make_optimizer
@@ -41,7 +42,7 @@ def train_together(folder: Path, steps: int, *, pause_seconds: float = 0.0):
         return jax.tree.map(lambda x: put(sharding, np.asarray(x)[mine]), whole(step))
 
     cfg = RunConfig(steps=steps, save_every=5, progress=False)
-    return fit(state, make_train_step(bigram_loss, tx), batch_at, cfg, folder)
+    return fit(state, make_train_step(make_gradients(bigram_loss), tx), batch_at, cfg, folder)
 
 
 if __name__ == "__main__":

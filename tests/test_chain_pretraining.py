@@ -91,7 +91,13 @@ def test_bits_per_byte_by_hand(tmp_path: Path, float64):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4), MeshConfig(fsdp=4)], ids=str
+    "mesh",
+    [
+        MeshConfig(data=4, tensor=2, zero=3, zero_group=2),
+        MeshConfig(data=4, zero=0),
+        MeshConfig(data=4, zero=1),
+    ],
+    ids=str,
 )
 def test_a_mesh_trains_the_same_model(tmp_path: Path, float64, mesh: MeshConfig):
     model, train, heldout = setup(tmp_path, "float64")
@@ -103,8 +109,9 @@ def test_a_mesh_trains_the_same_model(tmp_path: Path, float64, mesh: MeshConfig)
         key = f"heldout_bits_per_byte_{when}"
         assert got[key] == pytest.approx(metrics[key], rel=1e-12)
     w_up = many.params["layers"]["w_up"]
-    assert len(w_up.sharding.device_set) == mesh.data * mesh.fsdp * mesh.tensor
-    assert w_up.size == w_up.addressable_shards[0].data.size * mesh.fsdp * mesh.tensor
+    assert len(w_up.sharding.device_set) == mesh.num_devices
+    shards = mesh.sizes["fsdp"] * mesh.tensor
+    assert w_up.size == w_up.addressable_shards[0].data.size * shards
     for path, leaf in flatten(one.params).items():
         error = np.linalg.norm(np.asarray(flatten(many.params)[path]) - leaf)
         assert error <= 1e-11 * np.linalg.norm(leaf), path
@@ -131,7 +138,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path, float64):
         with pytest.raises(KeyboardInterrupt):
             pretrain(model, train, heldout, cfg, tmp_path / "moved")
     _, got = pretrain(
-        model, train, heldout, cfg, tmp_path / "moved", mesh=MeshConfig(fsdp=2, tensor=2)
+        model, train, heldout, cfg, tmp_path / "moved", mesh=MeshConfig(data=2, tensor=2)
     )
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-11)
 

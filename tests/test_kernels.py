@@ -25,7 +25,7 @@ def test_cross_entropy_by_chunks_is_the_plain_one(chunk: int):
     targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11, jnp.int32)
 
     def chunked(x, head):
-        return chunked_cross_entropy(lambda x: x @ head, x, targets, chunk=chunk)
+        return chunked_cross_entropy(lambda x: x @ head, x, targets, chunk=chunk)[0]
 
     def direct(x, head):
         logp = jax.nn.log_softmax(x @ head, axis=-1)
@@ -40,10 +40,25 @@ def test_cross_entropy_by_chunks_is_the_plain_one(chunk: int):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *grads)
 
 
+def test_smoothing_and_z_loss_by_their_definitions():
+    x, head = drawn(0, 2, 7, 4), drawn(1, 4, 11)
+    targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11, jnp.int32)
+    aim, nll = chunked_cross_entropy(
+        lambda x: x @ head, x, targets, chunk=3, smoothing=0.2, z_loss=0.01
+    )
+    logp = jax.nn.log_softmax(x @ head, axis=-1)
+    aimed = 0.8 * jax.nn.one_hot(targets, 11) + 0.2 / 11
+    log_z = jax.nn.logsumexp(x @ head, axis=-1)
+    want = -(aimed * logp).sum(axis=-1) + 0.01 * log_z**2
+    np.testing.assert_allclose(aim, want, rtol=0, atol=1e-12)
+    picked = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nll, picked, rtol=0, atol=1e-12)
+
+
 def test_cross_entropy_of_huge_logits_is_finite():
     x = jnp.full((1, 2, 1), 1e4)
     head = jnp.array([[1.0, -1.0]])
-    got = chunked_cross_entropy(lambda x: x @ head, x, jnp.array([[0, 1]]), chunk=1)
+    got, _ = chunked_cross_entropy(lambda x: x @ head, x, jnp.array([[0, 1]]), chunk=1)
     np.testing.assert_allclose(got, [[0.0, 2e4]])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from internjax.data.batch import Batch
 from internjax.data.loader import batches
+from internjax.train.gradients import make_gradients
 from internjax.train.loop import RunConfig, fit
 from internjax.train.optim import OptimConfig, make_optimizer
 from internjax.train.state import TrainState, init_state
@@ -85,7 +86,7 @@ def train(
     options = {"steps": steps, "save_every": save_every, "progress": False} | (run or {})
     return fit(
         init_state(init_bigram(), tx),
-        make_train_step(bigram_loss, tx),
+        make_train_step(make_gradients(bigram_loss), tx),
         batch_at or batches(rows(24), 4, seed=1),
         RunConfig(**options),
         folder,

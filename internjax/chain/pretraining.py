@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from internjax.data.loader import batches
 from internjax.data.pack import pack
 from internjax.data.shards import TokenShards
 from internjax.errors import UserError
-from internjax.mesh import MeshConfig, ShardingRules
+from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.models.load import Model
+from internjax.models.remat import Remat
+from internjax.train.gradients import Gradients
 from internjax.train.loop import RunConfig, fit
-from internjax.train.losses import next_token_loss
+from internjax.train.losses import LossConfig, Stages
 from internjax.train.optim import OptimConfig, make_optimizer
 from internjax.train.place import ONE_DEVICE, Placement, placement
 from internjax.train.state import init_state
@@ -35,15 +37,20 @@ class PretrainConfig:
 
     Fields:
       batch_size: rows an update; length: tokens a row; micro_batches: parts of a batch whose
-        gradients are added; remat: recompute layers instead of storing them; seed: of the order.
-      optim, run: see `OptimConfig` and `RunConfig`.
+        gradients are added; seed: of the order.
+      dtype: of the computation, beside master weights as they are; "" the model's own.
+      reduce_dtype: in which gradients travel between devices; "" as they are accumulated.
+      loss, remat, optim, run: see `LossConfig`, `Remat`, `OptimConfig` and `RunConfig`.
     """
 
     batch_size: int = 4
     length: int = 256
     micro_batches: int = 1
-    remat: bool = False
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    reduce_dtype: Literal["", "float32", "bfloat16"] = ""
     seed: int = 0
+    loss: LossConfig = LossConfig()
+    remat: Remat = Remat()
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
     run: RunConfig = field(default_factory=lambda: RunConfig(steps=8, save_every=0))
 
@@ -79,16 +86,14 @@ def pretrain(
     tx = make_optimizer(cfg.optim, cfg.run.steps)
     batch_at = batches(rows, cfg.batch_size, seed=cfg.seed)
     with placement(mesh or MeshConfig()) as place:
-        place.check_rows(cfg.batch_size, cfg.micro_batches)
-        loss = lambda params, batch, _: next_token_loss(  # noqa: E731
-            params, batch, model.cfg, rules=place.rules, remat=cfg.remat
-        )
+        place.check(model.cfg, cfg.batch_size, cfg.length, cfg.micro_batches)
+        gradients = make_program(model.cfg, cfg, place)
         # A copy: the loop donates its state, and the caller keeps the model it gave.
         params = place.params(jax.tree.map(jnp.copy, model.params), model.cfg)
         before = bits_per_byte(params, heldout, model.cfg, cfg.length, place)
         state, records = fit(
             init_state(params, tx),
-            make_train_step(loss, tx, micro_batches=cfg.micro_batches),
+            make_train_step(gradients, tx),
             lambda step: place.batch(batch_at(step)),
             cfg.run,
             folder,
@@ -96,6 +101,7 @@ def pretrain(
             settings=settings_of(cfg),
         )
         after = bits_per_byte(state.params, heldout, model.cfg, cfg.length, place)
+        params = place.joined(state.params)
     metrics = {
         "heldout_bits_per_byte_before": before,
         "heldout_bits_per_byte_after": after,
@@ -104,7 +110,19 @@ def pretrain(
         "loss": [r["loss"] for r in records],
         "tokens_per_second": median_rate(records),
     }
-    return dataclasses.replace(model, params=state.params), metrics
+    return dataclasses.replace(model, params=params), metrics
+
+
+def make_program(model: ModelConfig, cfg: PretrainConfig, place: Placement) -> Gradients:
+    """Makes the gradients of a pretraining step; what a plan compiles is the same."""
+    if cfg.dtype:
+        model = dataclasses.replace(model, dtype=cfg.dtype)
+    return place.gradients(
+        Stages(model, cfg.loss, cfg.remat, place.par),
+        micro_batches=cfg.micro_batches,
+        dtype=cfg.dtype or None,
+        reduce_dtype=cfg.reduce_dtype or None,
+    )
 
 
 def rows_of(shards: TokenShards, length: int) -> list[Batch]:
@@ -127,10 +145,9 @@ def bits_per_byte(
     rows = rows_of(shards, length)
     if not rows:
         raise UserError(f"{shards.path}: holds no document to score.")
-    size = 4 * place.batch_ways
+    size = 4 * place.cfg.row_ways * place.cfg.pipe
     total = sum(
-        float(_loss_sum(params, place.batch(batch), cfg, place.rules))
-        for batch in _stacked(rows, size)
+        float(_nll_sum(params, place.batch(batch), cfg, place)) for batch in _stacked(rows, size)
     )
     return total / math.log(2) / shards.num_bytes
 
@@ -141,14 +158,13 @@ def _stacked(rows: list[Batch], size: int) -> Iterable[Batch]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         part = part + [blank] * (size - len(part))
-        yield jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *part)
+        yield jax.tree.map(lambda *xs: np.stack(xs), *part)
 
 
-@partial(jax.jit, static_argnames=("cfg", "rules"))
-def _loss_sum(
-    params: Params, batch: Batch, cfg: ModelConfig, rules: ShardingRules | None
-) -> jax.Array:
-    return next_token_loss(params, batch, cfg, rules=rules)[1]["loss_sum"]
+@partial(jax.jit, static_argnames=("cfg", "place"))
+def _nll_sum(params: Params, batch: Batch, cfg: ModelConfig, place: Placement) -> jax.Array:
+    stages = Stages(cfg, par=place.par)
+    return place.parts(stages)(params, batch, None)["nll_sum"]
 
 
 def check_length(length: int, cfg: ModelConfig) -> None:

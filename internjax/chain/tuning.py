@@ -20,6 +20,8 @@ from internjax.data.templates import Message
 from internjax.errors import Missing, UserError
 from internjax.models.config import ModelConfig
 from internjax.models.load import Model
+from internjax.models.remat import Remat
+from internjax.train.gradients import make_gradients
 from internjax.train.loop import RunConfig, fit
 from internjax.train.losses import next_token_loss
 from internjax.train.optim import OptimConfig, make_optimizer
@@ -42,7 +44,7 @@ class TuneConfig:
     batch_size: int = 4
     length: int = 256
     micro_batches: int = 1
-    remat: bool = False
+    remat: Remat = Remat()
     seed: int = 0
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup_fraction=0.1))
@@ -66,7 +68,7 @@ def tune(
 
     state, records = fit(
         init_state(adapter, tx),
-        make_train_step(loss, tx, micro_batches=cfg.micro_batches),
+        make_train_step(make_gradients(loss, micro_batches=cfg.micro_batches), tx),
         batches(rows, cfg.batch_size, seed=cfg.seed),
         cfg.run,
         folder,

@@ -5,48 +5,43 @@ Letters: B batch, T query time, C cache length, D model, N heads, K KV heads, H 
 vocabulary, L layers. Knows nothing of LoRA or quantization: `weights.einsum` does.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
 from internjax.kernels.attention import attention, causal_mask
-from internjax.mesh import ShardingRules
 from internjax.models import rope
 from internjax.models.cache import KVCache, read_layer, update_layer
 from internjax.models.config import ModelConfig
+from internjax.models.init import InitConfig, normal, ones, zeros
 from internjax.models.layers import rms_norm, swiglu
-from internjax.models.params import ParamSpec, init_from, normal, ones, zeros
+from internjax.models.params import ParamSpec, init_from
+from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
-from internjax.weights import einsum, take
+from internjax.weights import einsum, gather, take
 
 
-def param_table(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """Lists every weight of the model in the order in which they are drawn.
-
-    Init as in GPT-2 and InternLM2: N(0, 0.02), the two projections into the residual stream
-    divided by sqrt(2 L).
-    """
+def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
+    """Lists every weight of the model in the order in which they are drawn."""
     L, D, N, K, H = cfg.num_layers, cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     F, V = cfg.d_ff, cfg.vocab_size
-    std, residual = 0.02, 0.02 / (2 * L) ** 0.5
+    edge, inner, out = init.edge(D), init.inner(D), init.residual(D, L)
+    heads, kv_heads = (
+        ("layers", "embed", "heads", "head_dim"),
+        ("layers", "embed", "kv_heads", "head_dim"),
+    )
     table = {
-        "embed": ParamSpec((V, D), ("vocab", "embed"), normal(std)),
+        "embed": ParamSpec((V, D), ("vocab", "edge_embed"), normal(init.embedding)),
         "layers/attn_norm": ParamSpec((L, D), ("layers", None), ones),
-        "layers/wq": ParamSpec((L, D, N, H), ("layers", "embed", "heads", "head_dim"), normal(std)),
-        "layers/wk": ParamSpec(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal(std)
-        ),
-        "layers/wv": ParamSpec(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), normal(std)
-        ),
-        "layers/wo": ParamSpec(
-            (L, N, H, D), ("layers", "heads", "head_dim", "embed"), normal(residual)
-        ),
+        "layers/wq": ParamSpec((L, D, N, H), heads, inner),
+        "layers/wk": ParamSpec((L, D, K, H), kv_heads, inner),
+        "layers/wv": ParamSpec((L, D, K, H), kv_heads, inner),
+        "layers/wo": ParamSpec((L, N, H, D), ("layers", "heads", "head_dim", "embed"), out),
         "layers/ffn_norm": ParamSpec((L, D), ("layers", None), ones),
-        "layers/w_gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), normal(std)),
-        "layers/w_up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), normal(std)),
-        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), normal(residual)),
+        "layers/w_gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
+        "layers/w_up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
+        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), out),
         "final_norm": ParamSpec((D,), (None,), ones),
     }
     if cfg.qkv_bias:
@@ -59,13 +54,15 @@ def param_table(cfg: ModelConfig) -> dict[str, ParamSpec]:
         table["layers/q_norm"] = ParamSpec((L, H), ("layers", None), ones)
         table["layers/k_norm"] = ParamSpec((L, H), ("layers", None), ones)
     if not cfg.tie_embeddings:
-        table["head"] = ParamSpec((D, V), ("embed", "vocab"), normal(std))
+        table["head"] = ParamSpec((D, V), ("edge_embed", "vocab"), edge)
     return table
 
 
-def init_params(cfg: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
+def init_params(
+    cfg: ModelConfig, key: Array, dtype=jnp.float32, *, init: InitConfig = InitConfig()
+) -> Params:
     """Draws the parameters of a model."""
-    return init_from(param_table(cfg), key, dtype)
+    return init_from(param_table(cfg, init), key, dtype)
 
 
 def forward(
@@ -76,19 +73,10 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     inv_freq: Array | None = None,
-    rules: ShardingRules | None = None,
 ) -> Float[Array, "B T V"]:
     """Returns the logits of the next token at every position, in at least float32."""
-    x = hidden(
-        params,
-        tokens,
-        cfg,
-        positions=positions,
-        segment_ids=segment_ids,
-        inv_freq=inv_freq,
-        rules=rules,
-    )
-    return unembed(params, x, cfg, rules=rules)
+    x = hidden(params, tokens, cfg, positions=positions, segment_ids=segment_ids, inv_freq=inv_freq)
+    return unembed(params, x, cfg)
 
 
 def hidden(
@@ -99,37 +87,69 @@ def hidden(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     inv_freq: Array | None = None,
-    rules: ShardingRules | None = None,
-    remat: bool = False,
-) -> Float[Array, "B T D"]:
+    remat: Remat = Remat(),
+    par: Parallel = ALONE,
+) -> Float[Array, "B S D"]:
     """Runs all layers over whole rows and returns the normed states before the head.
 
     Args:
       positions: rotary positions; default 0..T-1. Packed rows restart them.
       segment_ids: tokens see their own segment only; 0 is padding by custom.
       inv_freq: rotary frequencies `[H/2]` or a row each `[B, H/2]`; default `rope.inv_freq(cfg)`.
-      rules: where the arrays lie; None without a mesh.
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: what the backward pass recomputes instead of storing it.
+      par: inside a `shard_map`, the ways the model is cut; T is this device's part of a row, and
+        S = T / tensor the part of it that is returned. S = T on one device.
+    """
+    x = embed(params, tokens, cfg, par=par)
+    x, _ = run_layers(
+        params["layers"],
+        x,
+        cfg,
+        positions=positions,
+        segment_ids=segment_ids,
+        inv_freq=inv_freq,
+        remat=remat,
+        par=par,
+    )
+    return rms_norm(x, params["final_norm"], cfg.norm_eps)
+
+
+def run_layers(
+    layers: Params | tuple[Params, ...],
+    x: Float[Array, "B S D"],
+    cfg: ModelConfig,
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    inv_freq: Array | None = None,
+    remat: Remat = Remat(),
+    par: Parallel = ALONE,
+) -> tuple[Float[Array, "B S D"], Float[Array, ""]]:
+    """Runs some layers of the model, stacked or a tuple of them, over embedded rows.
+
+    Returns: the states after the last of them, and the sum of their auxiliary losses (0 but for
+      mixtures of experts).
     """
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        B, T = x.shape[:2]
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     mask = causal_mask(positions, segment_ids)
-    dtype = jnp.dtype(cfg.dtype)
-    angle = _angles(cfg, positions, inv_freq, dtype)
-    x = embed(params, tokens, cfg, rules=rules)
+    angle = _angles(cfg, positions, inv_freq, x.dtype)
 
-    def layer(x: Array, w: Params) -> tuple[Array, None]:
-        q, k, v = _qkv(x, w, angle, cfg, rules)
-        return _finish(x, attention(q, k, v, mask), w, cfg, rules), None
+    def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
+        x, aux = carry
+        q, k, v = _qkv(x, w, angle, cfg, par)
+        x, more = _finish(x, attention(q, k, v, mask), w, cfg, par)
+        return (x, aux + more), None
 
-    step = jax.checkpoint(layer) if remat else layer
-    layers = params["layers"]
+    carry = (x, jnp.zeros((), wide(x.dtype)))
     if isinstance(layers, tuple):
         for w in layers:
-            x, _ = step(x, w)
-    else:
-        x, _ = lax.scan(step, x, layers)
-    return rms_norm(x, params["final_norm"], cfg.norm_eps)
+            carry, _ = layer(carry, w)
+        return carry
+    for step, part in recomputed(layer, layers, remat, gathered=par.fsdp is not None):
+        carry, _ = lax.scan(step, carry, part)
+    return carry
 
 
 def decode(
@@ -163,49 +183,47 @@ def decode(
     )
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
-        q, k, v = _qkv(x, w, angle, cfg, None)
+        q, k, v = _qkv(x, w, angle, cfg)
         cache = update_layer(cache, i, k, v, start)
         k, v = read_layer(cache, i, attend, dtype)
-        x = _finish(x, attention(q, k, v, mask), w, cfg, None)
+        x, _ = _finish(x, attention(q, k, v, mask), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
 
 def embed(
-    params: Params, tokens: Array, cfg: ModelConfig, *, rules: ShardingRules | None = None
-) -> Float[Array, "B T D"]:
+    params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, par: Parallel = ALONE
+) -> Float[Array, "B S D"]:
     """Looks up the embeddings of tokens in the dtype of the computation."""
-    spec = rules and rules.spec("batch", "length", "act_embed")
-    table = _gather(params["embed"], rules, "vocab", "embed")
-    return take(table, tokens, jnp.dtype(cfg.dtype), out=spec)
+    dtype = jnp.dtype(cfg.dtype)
+    table = params["embed"]
+    if par.tensor is None:
+        return take(table, tokens, dtype)
+    # Each device knows the rows of its own part of the vocabulary; the others' add up.
+    local = tokens - lax.axis_index(par.tensor) * table.shape[0]
+    known = (local >= 0) & (local < table.shape[0])
+    x = take(table, jnp.where(known, local, 0), dtype) * known[..., None].astype(dtype)
+    return scatter_length(x, par)
 
 
-def unembed(
-    params: Params,
-    x: Float[Array, "*B D"],
-    cfg: ModelConfig,
-    *,
-    rules: ShardingRules | None = None,
-) -> Float[Array, "*B V"]:
-    """Multiplies normed states by the head; logits in at least float32."""
+def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[Array, "*B V"]:
+    """Multiplies normed states by the head; logits in at least float32.
+
+    Inside a `shard_map` the head is the device's part of the vocabulary, and so are the logits.
+    """
     wide_dtype = wide(x.dtype)
     lead = "BT"[2 - (x.ndim - 1) :]
-    out = rules and rules.spec(*("batch", "length")[: x.ndim - 1], "vocab")
     if cfg.tie_embeddings:
-        table = _gather(params["embed"], rules, "vocab", "embed")
-        spec = f"{lead}D,VD->{lead}V"
-        return jnp.einsum(
-            spec, x, table.astype(x.dtype), preferred_element_type=wide_dtype, out_sharding=out
-        )
-    head = _gather(params["head"], rules, "embed", "vocab")
-    return einsum(f"{lead}D,DV->{lead}V", x, head, out=out, preferred_element_type=wide_dtype)
+        table = params["embed"].astype(x.dtype)
+        return jnp.einsum(f"{lead}D,VD->{lead}V", x, table, preferred_element_type=wide_dtype)
+    return einsum(f"{lead}D,DV->{lead}V", x, params["head"], preferred_element_type=wide_dtype)
 
 
-def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, rules: ShardingRules | None):
+def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, par: Parallel = ALONE):
     """Returns rotated q `[B, T, N, H]`, rotated k and v `[B, T, K, H]` of a layer."""
-    h = rms_norm(x, w["attn_norm"], cfg.norm_eps)
-    q = einsum("BTD,DNH->BTNH", h, _gather(w["wq"], rules, "embed", "heads", "head_dim"))
-    k = einsum("BTD,DKH->BTKH", h, _gather(w["wk"], rules, "embed", "kv_heads", "head_dim"))
-    v = einsum("BTD,DKH->BTKH", h, _gather(w["wv"], rules, "embed", "kv_heads", "head_dim"))
+    h = gather_length(rms_norm(x, w["attn_norm"], cfg.norm_eps), par)
+    q = einsum("BTD,DNH->BTNH", h, gather(w["wq"], 0, par))
+    k = einsum("BTD,DKH->BTKH", h, gather(w["wk"], 0, par))
+    v = einsum("BTD,DKH->BTKH", h, gather(w["wv"], 0, par))
     if cfg.qkv_bias:
         q, k, v = (
             y + w[b].astype(y.dtype)[None, None] for y, b in ((q, "bq"), (k, "bk"), (v, "bv"))
@@ -216,26 +234,25 @@ def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, rules: ShardingRul
     return rope.rotate(q, angle, factor), rope.rotate(k, angle, factor), v
 
 
-def _finish(x: Array, mixed: Array, w: Params, cfg: ModelConfig, rules: ShardingRules | None):
+def _finish(
+    x: Array, mixed: Array, w: Params, cfg: ModelConfig, par: Parallel = ALONE
+) -> tuple[Array, Array]:
     """Adds a layer's attention output and its feed-forward block to the residual stream."""
-    out = rules and rules.spec("batch", "length", "act_embed")
-    wo = _gather(w["wo"], rules, "heads", "head_dim", "embed")
-    attended = einsum("BTNH,NHD->BTD", mixed, wo, out=out)
+    attended = scatter_length(einsum("BTNH,NHD->BTD", mixed, gather(w["wo"], 2, par)), par)
     if cfg.output_bias:
         attended = attended + w["bo"].astype(x.dtype)[None, None]
     x = x + attended
-    h = rms_norm(x, w["ffn_norm"], cfg.norm_eps)
-    gate = einsum("BTD,DF->BTF", h, _gather(w["w_gate"], rules, "embed", "ffn"))
-    up = einsum("BTD,DF->BTF", h, _gather(w["w_up"], rules, "embed", "ffn"))
-    w_down = _gather(w["w_down"], rules, "ffn", "embed")
-    return x + einsum("BTF,FD->BTD", swiglu(gate, up), w_down, out=out)
+    h = gather_length(rms_norm(x, w["ffn_norm"], cfg.norm_eps), par)
+    y, aux = _feed_forward(h, w, cfg, par)
+    return x + scatter_length(y, par), aux
 
 
-def _gather(w, rules: ShardingRules | None, *axes: str):
-    """Gathers the FSDP shards of a weight for use (ZeRO-3); tensor shards stay apart."""
-    if rules is None:
-        return w
-    return jax.sharding.reshard(w, rules.gathered().spec(*axes))
+def _feed_forward(h: Array, w: Params, cfg: ModelConfig, par: Parallel) -> tuple[Array, Array]:
+    """Returns the block's output, partial sums over `par.tensor`, and its auxiliary loss."""
+    gate = einsum("BTD,DF->BTF", h, gather(w["w_gate"], 0, par))
+    up = einsum("BTD,DF->BTF", h, gather(w["w_up"], 0, par))
+    y = einsum("BTF,FD->BTD", swiglu(gate, up), gather(w["w_down"], 1, par))
+    return y, jnp.zeros((), wide(h.dtype))
 
 
 def _angles(cfg: ModelConfig, positions: Array, inv_freq: Array | None, dtype) -> Array:

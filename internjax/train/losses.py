@@ -1,14 +1,93 @@
 """What training minimises: the mean negative log-likelihood of the tokens that count."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from internjax.collectives import ALONE, Parallel, gather_length, own_length
 from internjax.data.batch import Batch
 from internjax.kernels.cross_entropy import chunked_cross_entropy
-from internjax.mesh import ShardingRules
 from internjax.models.config import ModelConfig
-from internjax.models.decoder import hidden, unembed
+from internjax.models.decoder import embed, run_layers, unembed
+from internjax.models.layers import rms_norm
+from internjax.models.remat import Remat
 from internjax.tree import Params, wide
+
+type Parts = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the negative log-likelihood.
+
+    Fields:
+      smoothing: share of the target's probability that is spread evenly over the vocabulary.
+      z_loss: weight of the squared logarithm of the softmax's normaliser.
+      chunk: positions of a row whose logits exist at one time.
+    """
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    chunk: int = 128
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The three parts of a loss between which a pipeline may cut; each is a method.
+
+    Fields:
+      model: the decoder; loss, remat, par: as in `next_token_loss`.
+    """
+
+    model: ModelConfig
+    loss: LossConfig = LossConfig()
+    remat: Remat = Remat()
+    par: Parallel = ALONE
+
+    def embed(self, params: Params, batch: Batch) -> Array:
+        """Tokens to states `[B, S, D]`."""
+        return embed(params, batch.tokens, self.model, par=self.par)
+
+    def run(self, layers: Params, x: Array, batch: Batch) -> tuple[Array, Parts]:
+        """Some layers; the parts hold what they add to the loss themselves."""
+        x, aux = run_layers(
+            layers,
+            x,
+            self.model,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            remat=self.remat,
+            par=self.par,
+        )
+        # A mean over the whole batch: with this device's tokens, devices add up to all tokens.
+        mine = jnp.sum(own_length(batch.loss_mask, self.par), dtype=aux.dtype)
+        return x, {"loss_sum": aux * mine, "aux_sum": aux * mine}
+
+    def finish(self, params: Params, x: Array, batch: Batch) -> Parts:
+        """States after the last layer to the likelihoods of the targets, summed."""
+        x = rms_norm(x, params["final_norm"], self.model.norm_eps)
+        aims, nlls = chunked_cross_entropy(
+            lambda states: unembed(params, states, self.model),
+            gather_length(x, self.par),
+            batch.targets,
+            chunk=self.loss.chunk,
+            axis=self.par.tensor,
+            smoothing=self.loss.smoothing,
+            z_loss=self.loss.z_loss,
+        )
+        # Every device of `tensor` has the loss of all T positions, and counts its own part.
+        mask, aims, nlls = (own_length(y, self.par) for y in (batch.loss_mask, aims, nlls))
+        summed = lambda y: jnp.sum(y * mask.astype(y.dtype), dtype=wide(y.dtype))  # noqa: E731
+        total, nll = summed(aims), summed(nlls)
+        return {"loss_sum": total, "nll_sum": nll, "num_tokens": jnp.sum(mask, dtype=total.dtype)}
+
+    def whole(self, params: Params, batch: Batch, frozen: Any = None) -> tuple[Array, Parts]:
+        """All three parts: the mean loss and its sums."""
+        x, aux = self.run(params["layers"], self.embed(params, batch), batch)
+        parts = add_parts(self.finish(params, x, batch), aux)
+        return parts["loss_sum"] / jnp.maximum(parts["num_tokens"], 1), parts
 
 
 def next_token_loss(
@@ -16,28 +95,19 @@ def next_token_loss(
     batch: Batch,
     cfg: ModelConfig,
     *,
-    rules: ShardingRules | None = None,
-    remat: bool = False,
-    chunk: int = 128,
-) -> tuple[Array, dict[str, Array]]:
+    loss: LossConfig = LossConfig(),
+    remat: Remat = Remat(),
+    par: Parallel = ALONE,
+) -> tuple[Array, Parts]:
     """Returns the mean loss a counted token in nats, and its parts.
 
-    Parts: `loss_sum` over counted tokens and `num_tokens`, so that micro-batches and evaluation
-    can be averaged over tokens, not over means.
+    Parts: `loss_sum`, what is minimised, `nll_sum`, the likelihood alone, and `aux_sum`, what
+    mixtures of experts add, over counted tokens, and `num_tokens`, so that micro-batches, devices
+    and evaluation can be averaged over tokens, not over means.
     """
-    x = hidden(
-        params,
-        batch.tokens,
-        cfg,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        rules=rules,
-        remat=remat,
-    )
-    losses = chunked_cross_entropy(
-        lambda states: unembed(params, states, cfg, rules=rules), x, batch.targets, chunk=chunk
-    )
-    mask = batch.loss_mask.astype(losses.dtype)
-    total = jnp.sum(losses * mask, dtype=wide(losses.dtype))
-    count = jnp.sum(mask, dtype=wide(losses.dtype))
-    return total / jnp.maximum(count, 1), {"loss_sum": total, "num_tokens": count}
+    return Stages(cfg, loss, remat, par).whole(params, batch)
+
+
+def add_parts(a: Parts, b: Parts) -> Parts:
+    """Adds up parts of a loss by name; what one lacks counts as 0."""
+    return {name: a.get(name, 0) + b.get(name, 0) for name in a | b}
