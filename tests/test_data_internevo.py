@@ -11,6 +11,7 @@ from internjax.data.internevo import from_internevo, read_bin, to_internevo, wri
 from internjax.data.mixture import Mixture, MixtureConfig, open_sources
 from internjax.data.schedule import BatchPlan
 from internjax.data.shards import TokenShards, write_shards
+from internjax.data.tokenizer import load_tokenizer
 from internjax.errors import Corrupt, Missing, UserError
 from tests.fakes import BYTE_VOCAB, byte_tokenizer
 
@@ -45,6 +46,20 @@ def test_a_file_as_internevo_writes_it(tmp_path: Path):
     assert masked.tokens[0].tolist() == [1, 104, 101, 108, 2], "the input is abs(id)"
     assert masked.targets[0, :4].tolist() == [104, 101, 108, 2]
     assert masked.loss_mask[0].tolist() == [0, 0, 1, 1, 0], "label <= 0: not learned"
+
+
+@pytest.mark.needs_mirror
+def test_internevos_own_example_with_its_own_tokenizer(mirror: Path, tmp_path: Path):
+    """The ids stand in tools/tokenizer.py of InternEvo; begin and end as its program adds them."""
+    ids = [67577, 69095, 63010, 61770, 67783, 69301, 74732]
+    tokenizer = load_tokenizer(mirror / "models-small" / "tokenizer_internlm.model")
+    as_internevo_writes(tmp_path / "in" / "cn" / "a.bin", [[1, *ids, 2]])
+    from_internevo(tmp_path / "in", tmp_path / "out", tokenizer)
+    shards = open_sources(tmp_path / "out", tokenizer_hash=tokenizer.hash)["cn"]
+    text = "今天天气晴朗适合出门散步"
+    assert tokenizer.encode(text) == shards[0].tolist()[1:-1] == ids
+    assert tokenizer.decode(shards[0].tolist(), skip_specials=True) == text
+    assert shards.num_bytes == len(text.encode())
 
 
 def test_id_0_is_never_learned_and_bos_may_be_masked(tmp_path: Path):

@@ -36,6 +36,7 @@ def test_known_values():
     plan = BatchPlan(8, rampup="2 3 10", skip_batches="3, 5-7")
     assert [plan.batch_of(step) for step in range(6)] == [0, 1, 2, 4, 8, 9]
     assert [plan.size(step) for step in (0, 5, 6, 100)] == [2, 2, 5, 8]
+    assert list(plan.sizes) == [2, 5, 8] and list(BatchPlan(4).sizes) == [4]
     assert plan.rows_before(20) == 10 * 2 + 10 * 5
     assert BatchPlan(4).first_row(10**12) == 4 * 10**12, "any step costs the same"
 

@@ -47,6 +47,12 @@ class BatchPlan:
         start, increment, every = self._ramp
         return min(start + increment * (self.batch_of(step) // every), self.batch_size)
 
+    @property
+    def sizes(self) -> range:
+        """Every size a batch ever has, smallest first: what must divide, and is compiled."""
+        start, increment, _ = self._ramp
+        return range(start, self.batch_size + 1, increment)
+
     def first_row(self, step: int) -> int:
         """Returns the first row of a step in the stream of rows."""
         return self.rows_before(self.batch_of(step))
