@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from omegaconf import OmegaConf
 
 from internjax import configs
+from internjax.adapt.lora import LoraConfig, init_adapter
+from internjax.adapt.quantize import QuantConfig, quantize
 from internjax.collectives import ALONE
 from internjax.data.batch import Batch
 from internjax.errors import UserError
@@ -314,3 +316,10 @@ def test_the_router_keeps_its_precision_in_a_working_copy():
     work = working_copy(params, "bfloat16")
     assert work["router"].dtype == jnp.float32
     assert work["expert_up"].dtype == jnp.bfloat16
+
+
+def test_projections_that_a_mixture_lacks_are_refused():
+    with pytest.raises(UserError, match=r"targets=w_gate: tiny-moe has none; legal are wq, wk, wv"):
+        init_adapter(CFG, LoraConfig(targets=("wq", "w_gate")), jax.random.key(0))
+    with pytest.raises(UserError, match=r"targets=w_gate,w_up,w_down: the model has none"):
+        quantize(drawn(CFG), QuantConfig(group=4))
