@@ -10,10 +10,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
-from internjax.kernels.attention import attention, causal_mask
+from internjax.kernels.attention import attention
 from internjax.models import rope
 from internjax.models.cache import KVCache, read_layer, update_layer
 from internjax.models.config import ModelConfig
+from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, normal, ones, zeros
 from internjax.models.layers import rms_norm, swiglu
 from internjax.models.moe import expert_table, mixture, unlimited
@@ -143,15 +144,17 @@ def run_layers(
       mixtures of experts).
     """
     if positions is None:
+        if par.context is not None:
+            raise ValueError("rows cut over the context axis need positions: they have no order.")
         B, T = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    mask = causal_mask(positions, segment_ids)
+    attend = attend_on(positions, segment_ids, par)
     angle = _angles(cfg, positions, inv_freq, x.dtype)
 
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
         q, k, v = _qkv(x, w, angle, cfg, par)
-        x, more = _finish(x, attention(q, k, v, mask), w, cfg, par)
+        x, more = _finish(x, attend(q, k, v), w, cfg, par)
         return (x, aux + more), None
 
     carry = (x, jnp.zeros((), wide(x.dtype)))
