@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
-from internjax.kernels.attention import attention, causal_mask
+from internjax.kernels.attention import attention, causal_attention
 from internjax.models import rope
 from internjax.models.cache import KVCache, read_layer, update_layer
 from internjax.models.config import ModelConfig
@@ -133,13 +133,12 @@ def run_layers(
     if positions is None:
         B, T = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    mask = causal_mask(positions, segment_ids)
     angle = _angles(cfg, positions, inv_freq, x.dtype)
 
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
         q, k, v = _qkv(x, w, angle, cfg, par)
-        x, more = _finish(x, attention(q, k, v, mask), w, cfg, par)
+        x, more = _finish(x, causal_attention(q, k, v, segment_ids), w, cfg, par)
         return (x, aux + more), None
 
     carry = (x, jnp.zeros((), wide(x.dtype)))
