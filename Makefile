@@ -8,6 +8,7 @@ SHELL := bash
 
 VENV   := .venv
 PEERS  := .venv-peers
+PLAN   := .venv-plan
 PY     := $(VENV)/bin/python
 STAMPS := .stamps
 MODEL  := smollm2-135m-instruct
@@ -20,7 +21,7 @@ COMPILE := $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --al
            --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
            --no-emit-options pyproject.toml requirements/build.in
 
-.PHONY: help quickstart chain test test-deep lint lock peers clean
+.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,16 +44,23 @@ lint: $(STAMPS)/dev ## ruff: rules and formatting
 	@$(VENV)/bin/ruff format --check .
 
 lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
-	@echo "== Locks: resolving core, quickstart, dev (with the hashes of every platform's files)"
+	@echo "== Locks: resolving core, plan, quickstart, dev (with the hashes of every platform's files)"
 	@$(COMPILE) -o requirements/core.txt
 	@$(COMPILE) $(QUICK) -c requirements/core.txt -o requirements/quickstart.txt
+	@$(COMPILE) --extra aot -c requirements/core.txt -o requirements/plan.txt
 	@$(COMPILE) $(QUICK) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
+
+plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.3 GB)
+
+plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails where memory or traffic moved by 2%
+	@echo "== Golden plans"
+	@$(PY) tests/plan_goldens.py
 
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 
 clean: ## removes what was built here: environments, caches, stamps (not runs/ and not the models)
-	@echo "== Removing $(VENV), $(PEERS), $(STAMPS), .cache and build leftovers"
-	@rm -rf $(VENV) $(PEERS) $(STAMPS) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@echo "== Removing $(VENV), $(PEERS), $(PLAN), $(STAMPS), .cache and build leftovers"
+	@rm -rf $(VENV) $(PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS):
@@ -78,6 +86,15 @@ $(STAMPS)/dev: requirements/dev.txt pyproject.toml $(PY) | $(STAMPS)
 $(STAMPS)/model: $(STAMPS)/quickstart
 	@echo "== Model: $(MODEL)"
 	@$(VENV)/bin/internjax catalog get $(MODEL)
+	@touch $@
+
+# Every package by hash and nothing else: the CUDA libraries that only running needs stay away.
+$(STAMPS)/plan: requirements/plan.txt pyproject.toml | $(STAMPS)
+	@echo "== Plans: $(PLAN)"
+	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv $(PLAN)
+	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	   -r requirements/plan.txt
+	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)

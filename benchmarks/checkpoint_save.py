@@ -29,6 +29,7 @@ from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import init_params
+from internjax.train.gradients import make_gradients
 from internjax.train.losses import next_token_loss
 from internjax.train.optim import OptimConfig, make_optimizer
 from internjax.train.state import init_state
@@ -76,7 +77,7 @@ def main() -> int:
     state = init_state(init_params(cfg, jax.random.key(0)), tx)
     batch = random_batch(cfg.vocab_size)
     loss = lambda params, batch, _: next_token_loss(params, batch, cfg)  # noqa: E731
-    step = jax.jit(make_train_step(loss, tx), donate_argnums=0)
+    step = jax.jit(make_train_step(make_gradients(loss), tx), donate_argnums=0)
 
     def stepped() -> float:
         nonlocal state

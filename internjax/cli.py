@@ -43,6 +43,9 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("serve", ""): Verb("serve", ("model",)),
     ("chat", ""): Verb("chat", ("model",), many="prompt"),
     ("agent", ""): Verb("agent", ("model",), many="question"),
+    ("plan", "run"): Verb("plan"),
+    ("plan", "search"): Verb("plan"),
+    ("plan", "tune"): Verb("plan"),
     ("bench", "decode"): Verb("bench", ("model",)),
     ("bench", "serve"): Verb("bench", ("model",)),
     ("convert", ""): Verb("convert", ("src", "dst")),
@@ -51,7 +54,7 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("catalog", "info"): Verb("catalog", ("name",)),
     ("catalog", "get"): Verb("catalog", ("name", "prefix")),
 }
-DEFAULT_ACTION = {"data": "run", "catalog": "ls"}
+DEFAULT_ACTION = {"data": "run", "catalog": "ls", "plan": "run"}
 
 # The disk or its rights, not this program: full, over quota, read-only, no right. A missing file
 # is not among them: code that opens what it did not check is a bug, and shows its traceback.

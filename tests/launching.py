@@ -12,21 +12,21 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from internjax.data.loader import batches
-from internjax.train.gradients import make_gradients
 from internjax.train.launch import detect, is_worker, joined, supervise
-from internjax.train.loop import RunConfig, fit
-from internjax.train.optim import OptimConfig, make_optimizer
-from internjax.train.state import init_state
-from internjax.train.step import make_train_step
-from internjax.train.stop import Stopped
-from tests.training import bigram_loss, init_bigram, rows
 
 SCHEDULE = 1000  # steps of the learning rate's schedule, however long the run
 
 
 def train_together(folder: Path, steps: int, *, pause_seconds: float = 0.0):
     """Trains the bigram model over two devices, of one process or one each of two."""
+    from internjax.data.loader import batches  # here: a supervisor needs none of these
+    from internjax.train.gradients import make_gradients
+    from internjax.train.loop import RunConfig, fit
+    from internjax.train.optim import OptimConfig, make_optimizer
+    from internjax.train.state import init_state
+    from internjax.train.step import make_train_step
+    from tests.training import bigram_loss, init_bigram, rows
+
     devices = np.array(jax.devices()[:2])
     mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     tx = make_optimizer(OptimConfig(lr=1e-2), SCHEDULE)
@@ -45,15 +45,22 @@ def train_together(folder: Path, steps: int, *, pause_seconds: float = 0.0):
     return fit(state, make_train_step(make_gradients(bigram_loss), tx), batch_at, cfg, folder)
 
 
-if __name__ == "__main__":
-    target, last, again = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def main(folder: Path, steps: int, restarts: int) -> int:
+    """Runs below a supervisor; returns 3 when it was asked to stop."""
     info = detect(os.environ)
     if info is not None and not is_worker():
-        sys.exit(supervise(sys.orig_argv, restarts=again))
+        return supervise(sys.orig_argv, restarts=restarts)
+    from internjax.train.stop import Stopped
+
     with joined(info, timeout_seconds=60):
-        (target / f"worker{jax.process_index()}").write_text(str(os.getpid()))
+        (folder / f"worker{jax.process_index()}").write_text(str(os.getpid()))
         try:
-            train_together(target, last, pause_seconds=0.05)
+            train_together(folder, steps, pause_seconds=0.05)
         except Stopped as error:
             print(error, file=sys.stderr)
-            sys.exit(3)
+            return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -46,6 +46,9 @@ HloModule step, is_scheduled=true, num_partitions=32
   %gather = (bf16[512,64]{1,0}, bf16[512,512]{1,0}) all-gather-start(%slice), channel_id=1, \
 replica_groups=[4,8]<=[2,8,2]T(0,2,1), dimensions={1}, use_global_device_ids=true, \
 metadata={op_name="x"}, backend_config={"collective_backend_config":{"is_sync":false}}
+  %next = ((bf16[8,512,64]{2,1,0}, s32[]), bf16[512,64]{1,0}, u32[]) fusion-start(%stack, %i), \
+kind=kLoop, calls=%fused
+  %come = bf16[512,64]{1,0} fusion-done(%next)
   %early = (bf16[256,512]{1,0}, s8[64]{0}) custom-call(%x, %x), \
 custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
 {"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
@@ -84,10 +87,10 @@ def test_the_schedule_is_read_in_order(program):
     loop = program.steps[0]
     assert isinstance(loop, Loop) and loop.trips == 8
     assert [type(step) for step in loop.body] == [
-        Compute, Collective, Compute, Wait, Compute, Collective, Wait,
+        Compute, Collective, Compute, Wait, Compute, Wait, Compute, Collective, Wait,
     ]  # fmt: skip
-    assert loop.body[1].key == loop.body[3].key == "gather"  # asynchronous: the wait names it
-    assert loop.body[5].key == ""  # XLA made it synchronous
+    assert loop.body[1].key == loop.body[5].key == "gather"  # asynchronous: the wait names it
+    assert loop.body[7].key == ""  # XLA made it synchronous
     assert program.warnings == ()
 
 
@@ -98,6 +101,7 @@ def test_flops_count_dots_and_library_calls_times_trips(program):
 def test_a_slice_of_a_stack_counts_as_a_slice(program):
     first = program.steps[0].body[0]
     assert first.hbm_bytes == 4 + 2 * 512 * 64 * 2  # the index, the slice read and written
+    assert program.steps[0].body[2].hbm_bytes == first.hbm_bytes  # the same on another stream
 
 
 def test_collectives_by_kind_axes_and_bytes(program):
@@ -126,7 +130,7 @@ def test_groups_know_their_nodes(program):
         ("replica_groups=[4,8]<=[2,8,2]T(0,2,1)", [0, 2, 4, 6, 8, 10, 12, 14]),
         ("replica_groups=[16,2]<=[2,16]T(1,0)", [0, 16]),
         ("replica_groups={{3,7},{1,5}}", [3, 7]),
-        ("replica_groups=mesh['a'=2,'b'=16], device_ids=([32]) {'a'}", [0, 16]),
+        ("replica_groups=mesh['a'=2,'b'=16] {'a'}", [0, 16]),
         ("replica_groups={}", list(range(32))),
     ],
 )

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from internjax.errors import UserError
-from internjax.mesh import MeshConfig, make_mesh
 from internjax.models.decoder import param_table
 from internjax.train.adam8 import block_shape, dequantize, dynamic_table, quantize, scale_by_adam8
 from internjax.train.mup import rescale_start
@@ -159,11 +158,11 @@ def test_an_optimizer_is_the_same_on_a_mesh(name: str):
     params, grads = problem()
     cfg = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
     want, _ = updated(cfg, params, grads)
-    mesh = make_mesh(MeshConfig(data=2, tensor=2))
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), (AxisType.Explicit,) * 2)
 
     def lay(path: str, leaf):
-        spec = {"wq": (None, "data", "tensor"), "w_up": (None, "data", "tensor")}
-        spec |= {"wo": (None, "tensor", None, "data"), "embed": ("tensor", "data")}
+        spec = {"wq": (None, "fsdp", "tensor"), "w_up": (None, "fsdp", "tensor")}
+        spec |= {"wo": (None, "tensor", None, "fsdp"), "embed": ("tensor", "fsdp")}
         spec = P(*spec.get(path.rpartition("/")[2], ()))
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 

@@ -6,6 +6,7 @@ adapter alone, so no optimizer state exists for the base. Composes with quantize
 
 import math
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ def init_adapter(cfg: ModelConfig, lora: LoraConfig, key: Array, dtype=jnp.float
     Returns: `{"layers": {name: {"a": [L, *in, R], "b": [L, R, *out]}}}`.
     """
     table, adapter = param_table(cfg), {}
+    check_targets(lora.targets, [path.removeprefix("layers/") for path in table], cfg.name)
     for i, name in enumerate(lora.targets):
         L, *dims = table[f"layers/{name}"].shape
         ins, outs = dims[: NUM_IN[name]], dims[NUM_IN[name] :]
@@ -61,6 +63,13 @@ def init_adapter(cfg: ModelConfig, lora: LoraConfig, key: Array, dtype=jnp.float
         )
         adapter[name] = {"a": a, "b": jnp.zeros((L, lora.rank, *outs), dtype)}
     return {"layers": adapter}
+
+
+def check_targets(targets: Iterable[str], found: Collection[str], what: str) -> None:
+    """Refuses projections that a model lacks: not every mixture of experts has a dense block."""
+    if missing := [name for name in targets if name not in found]:
+        legal = ", ".join(name for name in NUM_IN if name in found)
+        raise UserError(f"targets={','.join(missing)}: {what} has none; legal are {legal}.")
 
 
 def attach(base: Params, adapter: Params, lora: LoraConfig) -> Params:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from internjax.adapt.lora import NUM_IN
+from internjax.adapt.lora import NUM_IN, check_targets
 from internjax.errors import UserError
 from internjax.tree import Params
 from internjax.weights import LoraWeight, QuantWeight, dequantize
@@ -62,6 +62,7 @@ def quantize_array(w: Float[Array, "*S"], num_in: int, group: int, *, lead: int 
 def quantize(params: Params, cfg: QuantConfig) -> Params:
     """Returns the tree with rounded weights for the target projections of stacked layers."""
     layers = dict(params["layers"])
+    check_targets(cfg.targets, layers, "the model")
     for name in cfg.targets:
         if isinstance(layers[name], (LoraWeight, QuantWeight)):
             raise UserError(f"layers/{name} is no plain array: merge adapters before quantizing.")

@@ -10,12 +10,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
-from internjax.kernels.attention import attention, causal_attention
+from internjax.kernels.attention import attention
 from internjax.models import rope
 from internjax.models.cache import KVCache, read_layer, update_layer
 from internjax.models.config import ModelConfig
+from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, normal, ones, zeros
 from internjax.models.layers import rms_norm, swiglu
+from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
 from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
@@ -25,7 +27,7 @@ from internjax.weights import einsum, gather, take
 def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
     """Lists every weight of the model in the order in which they are drawn."""
     L, D, N, K, H = cfg.num_layers, cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    F, V = cfg.d_ff, cfg.vocab_size
+    V = cfg.vocab_size
     edge, inner, out = init.edge(D), init.inner(D), init.residual(D, L)
     heads, kv_heads = (
         ("layers", "embed", "heads", "head_dim"),
@@ -39,9 +41,7 @@ def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, 
         "layers/wv": ParamSpec((L, D, K, H), kv_heads, inner),
         "layers/wo": ParamSpec((L, N, H, D), ("layers", "heads", "head_dim", "embed"), out),
         "layers/ffn_norm": ParamSpec((L, D), ("layers", None), ones),
-        "layers/w_gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
-        "layers/w_up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
-        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), out),
+        **_feed_forward_table(cfg, init),
         "final_norm": ParamSpec((D,), (None,), ones),
     }
     if cfg.qkv_bias:
@@ -56,6 +56,18 @@ def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, 
     if not cfg.tie_embeddings:
         table["head"] = ParamSpec((D, V), ("edge_embed", "vocab"), edge)
     return table
+
+
+def _feed_forward_table(cfg: ModelConfig, init: InitConfig) -> dict[str, ParamSpec]:
+    """A mixture has experts, and of the dense block what its tokens share."""
+    L, D, inner = cfg.num_layers, cfg.d_model, init.inner(cfg.d_model)
+    F = cfg.shared_experts if cfg.num_experts else cfg.d_ff
+    dense = {
+        "layers/w_gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
+        "layers/w_up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
+        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), init.residual(D, L)),
+    }
+    return (dense if F else {}) | (expert_table(cfg, init) if cfg.num_experts else {})
 
 
 def init_params(
@@ -100,6 +112,7 @@ def hidden(
       par: inside a `shard_map`, the ways the model is cut; T is this device's part of a row, and
         S = T / tensor the part of it that is returned. S = T on one device.
     """
+    cfg = unlimited(cfg)
     x = embed(params, tokens, cfg, par=par)
     x, _ = run_layers(
         params["layers"],
@@ -131,14 +144,17 @@ def run_layers(
       mixtures of experts).
     """
     if positions is None:
+        if par.context is not None:
+            raise ValueError("rows cut over the context axis need positions: they have no order.")
         B, T = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    attend = attend_on(positions, segment_ids, par)
     angle = _angles(cfg, positions, inv_freq, x.dtype)
 
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
         q, k, v = _qkv(x, w, angle, cfg, par)
-        x, more = _finish(x, causal_attention(q, k, v, segment_ids), w, cfg, par)
+        x, more = _finish(x, attend(q, k, v), w, cfg, par)
         return (x, aux + more), None
 
     carry = (x, jnp.zeros((), wide(x.dtype)))
@@ -172,7 +188,7 @@ def decode(
 
     Returns: the normed states `[B, T, D]` before the head, and the cache with the new tokens.
     """
-    params = unstack_layers(params)
+    params, cfg = unstack_layers(params), unlimited(cfg)
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)[None, :]
     dtype = jnp.dtype(cfg.dtype)
     angle = _angles(cfg, positions, inv_freq, dtype)
@@ -248,10 +264,16 @@ def _finish(
 
 def _feed_forward(h: Array, w: Params, cfg: ModelConfig, par: Parallel) -> tuple[Array, Array]:
     """Returns the block's output, partial sums over `par.tensor`, and its auxiliary loss."""
+    if not cfg.num_experts:
+        return _dense(h, w, par), jnp.zeros((), wide(h.dtype))
+    y, aux = mixture(h, w, cfg, par)
+    return (y + _dense(h, w, par) if cfg.shared_experts else y), aux
+
+
+def _dense(h: Array, w: Params, par: Parallel) -> Array:
     gate = einsum("BTD,DF->BTF", h, gather(w["w_gate"], 0, par))
     up = einsum("BTD,DF->BTF", h, gather(w["w_up"], 0, par))
-    y = einsum("BTF,FD->BTD", swiglu(gate, up), gather(w["w_down"], 1, par))
-    return y, jnp.zeros((), wide(h.dtype))
+    return einsum("BTF,FD->BTD", swiglu(gate, up), gather(w["w_down"], 1, par))
 
 
 def _angles(cfg: ModelConfig, positions: Array, inv_freq: Array | None, dtype) -> Array:

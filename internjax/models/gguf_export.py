@@ -69,6 +69,11 @@ def save_gguf(
 def architecture(cfg: ModelConfig) -> str:
     """Returns the GGUF architecture that computes what our decoder does for this model."""
     arch = cfg.family if cfg.family in ARCHITECTURES else "llama"
+    if cfg.num_experts:
+        raise UserError(
+            f"{cfg.name} is a mixture of {cfg.num_experts} experts, which our GGUF writer does not"
+            " know: keep it in our own folder."
+        )
     if cfg.qk_norm != (arch == "qwen3"):
         raise UserError(f"qk_norm={cfg.qk_norm} does not fit GGUF's architecture {arch}.")
     return arch

@@ -193,6 +193,11 @@ def _rotary(rope: RopeConfig) -> dict[str, Any]:
 
 def _check_expressible(cfg: ModelConfig) -> None:
     """Refuses what a family's upstream code would silently read as something else."""
+    if cfg.num_experts:
+        raise UserError(
+            f"{cfg.name} is a mixture of {cfg.num_experts} experts, for which family={cfg.family}"
+            " has no Hugging Face layout: keep it in our own folder."
+        )
     both = cfg.qkv_bias == cfg.output_bias
     fits = {
         "internlm": both,

@@ -65,14 +65,14 @@ def compile_step(
       cache: folder of earlier results, by key.
     """
     start = time.perf_counter()
+    fn, args = build(mesh)  # outside the mesh: what it computes would run on devices not here
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=0)
     with jax.set_mesh(mesh):
-        fn, args = build(mesh)
-        jitted = fn if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=0)
         lowered = jitted.lower(*args)
-        key = _key(lowered.as_text(), gpu)
-        if cache and _file(cache, key).is_file():
-            return replace(kept(cache, key), cached=True)
-        done = lowered.compile(compiler_options=OPTIONS)
+    key = _key(lowered.as_text(), gpu)
+    if cache and _file(cache, key).is_file():
+        return replace(kept(cache, key), cached=True)
+    done = lowered.compile(compiler_options=OPTIONS)
     stats = done.memory_analysis()
     names = ("argument", "output", "alias", "temp")
     memory = {name: int(getattr(stats, f"{name}_size_in_bytes")) for name in names}

@@ -133,6 +133,11 @@ class Computation:
     lines: list[Instruction] = field(default_factory=list)
     by_name: dict[str, Instruction] = field(default_factory=dict)
 
+    @property
+    def root(self) -> Instruction:
+        """What the computation gives back: XLA prints it last."""
+        return self.lines[-1]
+
     def operand(self, line: Instruction, index: int) -> Instruction | None:
         return self.by_name.get(line.operands[index]) if index < len(line.operands) else None
 
@@ -149,7 +154,10 @@ def read(text: str, mesh_shape: Mapping[str, int], gpus_per_node: int = 8) -> Pr
     """
     computations, entry = parse(text)
     reader = _Reader(computations, mesh_shape, gpus_per_node)
-    return Program(tuple(reader.steps(entry)), tuple(dict.fromkeys(reader.warnings)))
+    steps = tuple(reader.steps(entry))
+    if again := len(re.findall(r"\.remat\d* = ", text)):
+        reader.warnings.append(f"XLA recomputes {again} operations itself, to save memory")
+    return Program(steps, tuple(dict.fromkeys(reader.warnings)))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -345,25 +353,28 @@ class _Reader:
     def kernel(self, computation: Computation, line: Instruction) -> tuple[float, float]:
         """Counts the matmul FLOPs of one kernel and the bytes that it reads and writes."""
         flops = self._flops(computation, line)
-        if line.opcode == "fusion":
-            return flops, self._fusion_bytes(computation, line)
+        if line.opcode in ("fusion", "fusion-start"):
+            return flops, self._fusion_bytes(line)
         if line.opcode == "dynamic-slice":
             return flops, 2 * type_bytes(line.type)
         if line.opcode == "dynamic-update-slice":
             return flops, 2 * type_bytes(computation.operand(line, 1).type)
-        return flops, computation.operand_bytes(line) + type_bytes(line.type)
+        moved = computation.operand_bytes(line) + type_bytes(line.type)
+        if line.opcode == "custom-call" and line.type.startswith("("):  # a library's workspace
+            moved -= sum(type_bytes(f"s8[{n}]") for n in re.findall(r"s8\[(\d+)\]", line.type))
+        return flops, moved
 
     def _flops(self, computation: Computation, line: Instruction) -> float:
         if line.opcode == "dot":
             return dot_flops(computation, line)
         if line.opcode == "custom-call":
             return custom_call_flops(computation, line)
-        if line.opcode == "fusion":
+        if line.opcode in ("fusion", "fusion-start"):
             inner = self.computations[self._called(line, "calls")]
             return sum(self._flops(inner, i) for i in inner.lines)
         return 0.0
 
-    def _fusion_bytes(self, computation: Computation, line: Instruction) -> float:
+    def _fusion_bytes(self, line: Instruction) -> float:
         """Counts operands and result, but only the slices of what is read or written in slices."""
         inner = self.computations[self._called(line, "calls")]
         users: dict[str, list[Instruction]] = {}
@@ -376,7 +387,7 @@ class _Reader:
                 total += sum(
                     _touched(inner, i, user, users) for user in users.get(i.name, [])[:1]
                 ) or type_bytes(i.type)
-        written = type_bytes(line.type)
+        written = type_bytes(inner.root.type)
         for i in inner.lines:
             if i.opcode == "dynamic-update-slice":  # only the slice of the buffer is written
                 written += type_bytes(inner.operand(i, 1).type) - type_bytes(i.type)
@@ -431,12 +442,13 @@ def first_group(rest: str, mesh_shape: Mapping[str, int]) -> np.ndarray:
         ids = np.arange(int(found[1]) * int(found[2])).reshape(_ints(found[3]))
         ids = ids.transpose(_ints(found[4])) if found[4] else ids
         return ids.reshape(int(found[1]), int(found[2]))[0]
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest)
     if found:
+        if found[2].strip():
+            raise ValueError(f"device order {found[2].strip()!r} of a replica group is not known.")
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        used = set(re.findall(r"'(\w+)'", found[2]))
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        return ids[tuple(slice(None) if name in used else 0 for name in sizes)].ravel()
+        used = set(re.findall(r"'(\w+)'", found[3]))
+        return group_of("+".join(used), sizes)
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if found:
         return np.array(_ints(found[1]))
@@ -448,6 +460,13 @@ def source_target_pairs(rest: str) -> np.ndarray:
     listed = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
     found = re.findall(r"\{(\d+),(\d+)\}", listed[1]) if listed else []
     return np.array(found, dtype=int).reshape(-1, 2)
+
+
+def group_of(axes: str, mesh_shape: Mapping[str, int]) -> np.ndarray:
+    """Returns the device numbers of the first group along some axes, joined by "+"."""
+    used = set(axes.split("+"))
+    ids = np.arange(math.prod(mesh_shape.values())).reshape(list(mesh_shape.values()))
+    return ids[tuple(slice(None) if name in used else 0 for name in mesh_shape)].ravel()
 
 
 def axes_of(group: np.ndarray, mesh_shape: Mapping[str, int]) -> str:

@@ -110,12 +110,13 @@ def on_mesh(local: Callable, layout: Layout, out: Specs) -> Callable:
 
 
 def working_copy(params: Params, dtype: str | None) -> Params:
-    """Casts matrices and embeddings to the dtype of the computation; norms stay as they are."""
+    """Casts matrices and embeddings to the dtype of the computation; norms and routers stay."""
     if dtype is None:
         return params
 
     def cast(path, x: Array) -> Array:
-        return x if "norm" in jax.tree_util.keystr(path) else as_float(x, jnp.dtype(dtype))
+        name = jax.tree_util.keystr(path)
+        return x if "norm" in name or "router" in name else as_float(x, jnp.dtype(dtype))
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -155,7 +155,7 @@ class _Run:
     """One device's part in a pass over all micro-batches; batch fields are `[M, b, T]`.
 
     Branches differ between stages and agree within one, so a collective in a branch always meets
-    all of its group.
+    all of its group; see `_when` for the one kind of collective that has no groups.
     """
 
     stages: Stages
@@ -196,7 +196,7 @@ class _Run:
                 end = lambda: add_parts(zeros, self.stages.finish(self.work, x, batch))  # noqa: E731
                 return x, add_parts(lax.cond(self._is_last(chunk), end, lambda: zeros), more)
 
-            y, more = lax.cond(self._valid(k), go, lambda: (blank, zeros))
+            y, more = self._when(self._valid(k), go, lambda: (blank, zeros))
             return (add_parts(parts, more), self._send(y, 1)), None
 
         steps = jnp.arange(self.schedule.num_passes + self.schedule.stages - 1)
@@ -212,10 +212,10 @@ class _Run:
             x = self._input(chunk, batch, arrived)
             # The last part of all is run in its backward, which follows at once.
             run = lambda: self.stages.run(self._layers(chunk), x, batch)[0]  # noqa: E731
-            y = lax.cond(self._is_last(chunk), lambda: jnp.zeros_like(x), run)
+            y = self._when(~self._is_last(chunk), run, lambda: jnp.zeros_like(x))
             return lax.dynamic_update_index_in_dim(kept, x, k % len(kept), 0), y
 
-        return lax.cond(self._valid(k), go, lambda: (kept, jnp.zeros_like(arrived)))
+        return self._when(self._valid(k), go, lambda: (kept, jnp.zeros_like(arrived)))
 
     def _backward(self, t: Array, kept: Array, grads: Params, parts: Parts, returned: Array):
         """Adds this step's gradients and returns that of its input for the stage before."""
@@ -225,33 +225,34 @@ class _Run:
             batch = self._micro(micro)
             x = lax.dynamic_index_in_dim(kept, k % len(kept), 0, keepdims=False)
             layers, ends = self._layers(chunk), _ends(self.work)
-            finish = lambda: self._finish(layers, ends, x, batch)  # noqa: E731
-            middle = lambda: self._middle(layers, x, batch, returned)  # noqa: E731
-            more, g_layers, g_ends, gx = lax.cond(self._is_last(chunk), finish, middle)
+            (y, more), pull = jax.vjp(lambda w, x: self.stages.run(w, x, batch), layers, x)
+            finish = lambda: self._finish(ends, y, batch)  # noqa: E731
+            middle = lambda: self._middle(ends, returned)  # noqa: E731
+            new_parts, g_ends, gy = lax.cond(self._is_last(chunk), finish, middle)
+            one = {name: jnp.asarray(name == "loss_sum", v.dtype) for name, v in more.items()}
+            g_layers, gx = pull((gy, one))
+            more = add_parts(new_parts, more)
             new = self._add(grads, chunk, g_layers, g_ends)
             enter = lambda: self._enter(new, batch, gx)  # noqa: E731
             new = lax.cond(self._is_first(chunk), enter, lambda: new)
             return new, add_parts(parts, more), gx
 
-        return lax.cond(self._valid(k), go, lambda: (grads, parts, jnp.zeros_like(returned)))
+        return self._when(self._valid(k), go, lambda: (grads, parts, jnp.zeros_like(returned)))
 
-    def _middle(self, layers: Params, x: Array, batch: Batch, returned: Array):
-        (_, more), pull = jax.vjp(lambda w, x: self.stages.run(w, x, batch), layers, x)
-        ones = {name: jnp.asarray(name == "loss_sum", v.dtype) for name, v in more.items()}
-        g_layers, gx = pull((returned, ones))
-        g_ends = jax.tree.map(jnp.zeros_like, self._used_ends(_ends(self.work)))
-        return add_parts(self._zero_parts(), more), g_layers, g_ends, gx
+    def _middle(self, ends: Params, returned: Array) -> tuple[Parts, Params, Array]:
+        """What `_finish` returns, on other parts than the last: the next stage's gradient."""
+        g_ends = jax.tree.map(jnp.zeros_like, self._used_ends(ends))
+        return self._zero_parts(), g_ends, returned
 
-    def _finish(self, layers: Params, ends: Params, x: Array, batch: Batch):
-        used = self._used_ends(ends)
+    def _finish(self, ends: Params, y: Array, batch: Batch) -> tuple[Parts, Params, Array]:
+        """Returns parts of the loss, gradients of the ends, and that of the last states."""
 
-        def loss(layers: Params, used: Params, x: Array) -> tuple[Array, Parts]:
-            x, more = self.stages.run(layers, x, batch)
-            parts = add_parts(self.stages.finish(used, x, batch), more)
+        def loss(used: Params, y: Array) -> tuple[Array, Parts]:
+            parts = add_parts(self._zero_parts(), self.stages.finish(used, y, batch))
             return parts["loss_sum"], parts
 
-        (g_layers, g_ends, gx), parts = jax.grad(loss, (0, 1, 2), has_aux=True)(layers, used, x)
-        return parts, g_layers, g_ends, gx
+        (g_ends, gy), parts = jax.grad(loss, (0, 1), has_aux=True)(self._used_ends(ends), y)
+        return parts, g_ends, gy
 
     def _enter(self, grads: Params, batch: Batch, gx: Array) -> Params:
         """Adds the gradient of the embedding, which only the first stage looks up."""
@@ -299,6 +300,18 @@ class _Run:
 
     def _of_chunk(self, spec: P) -> P:
         return spec if self.schedule.chunks == 1 else P(*spec[1:])
+
+    def _when(self, valid: Array, go: Callable, idle: Callable) -> Any:
+        """Returns `go()` on the stages where `valid`, `idle()` on the others.
+
+        A ring's messages count every device of the mesh in, whatever its stage: XLA's
+        collective-permute has no groups, and one stage alone would wait for ever. There all stages
+        run and drop what is not valid; they would otherwise wait for those that do.
+        """
+        par = self.stages.par
+        if par.context is None or par.context_mode != "ring":
+            return lax.cond(valid, go, idle)
+        return jax.tree.map(lambda a, b: jnp.where(valid, a, b), go(), idle())
 
     def _valid(self, number: Array) -> Array:
         return (number >= 0) & (number < self.schedule.num_passes)

@@ -59,6 +59,13 @@ class Placement:
                 f" the {cfg.row_ways} parts of mesh.data and mesh.expert: every device must get as"
                 " many rows."
             )
+        shares = cfg.tensor * cfg.context
+        if cfg.context > 1 and cfg.context_mode == "ulysses" and model.num_kv_heads % shares:
+            raise UserError(
+                f"{model.name}: {model.num_kv_heads} KV heads ({model.num_heads} heads) cannot be"
+                f" shared out over mesh.context={cfg.context} times mesh.tensor={cfg.tensor}"
+                " devices, as mesh.context_mode=ulysses does: choose ring, or smaller ways."
+            )
         cuts = cfg.tensor * cfg.context * (2 if cfg.context > 1 else 1)
         if length % cuts:
             raise UserError(

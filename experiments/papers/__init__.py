@@ -1,0 +1,1 @@
+"""Published results, predicted or repeated: one script each."""

@@ -1,0 +1,108 @@
+"""Compiles the golden plans and compares them: `make plan-check`, or `--write` to set them anew.
+
+A plan fails when its peak memory or the bytes of a collective moved by more than 2%, or when a
+collective above 1 MiB appears that the golden does not name. Plain script: needs `.venv-plan`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from internjax.experiments.plan import PlanConfig, plans
+from internjax.mesh import MeshConfig
+from internjax.models.internlm import config
+from internjax.plan.compile import plan_python
+from internjax.plan.memory import Work
+from internjax.plan.present import mesh_words
+from internjax.plan.record import Plan
+
+GOLDENS = Path(__file__).parent / "goldens" / "plans.json"
+TOLERANCE, SMALL_BYTES = 0.02, 2**20
+M = MeshConfig
+
+# name -> (arch, gpu, mesh, work): every parallel mode alone, then the combinations, then the large.
+CASES: dict[str, tuple[str, str, MeshConfig, Work]] = {
+    "data 8": ("internlm2-1_8b", "h100", M(data=8, zero=0), Work(16, 2048, 2)),
+    "zero1 8": ("internlm2-1_8b", "h100", M(data=8, zero=1), Work(16, 2048, 2)),
+    "zero2 8": ("internlm2-1_8b", "h100", M(data=8, zero=2), Work(16, 2048, 2)),
+    "zero3 8": ("internlm2-1_8b", "h100", M(data=8, zero=3), Work(16, 2048, 2)),
+    "hybrid zero1 4x8": ("internlm2-1_8b", "a100-80", M(data=32, zero=1, zero_group=8),
+                         Work(64, 2048, 2)),
+    "hybrid zero3 4x8": ("internlm2-1_8b", "h200", M(data=32, zero=3, zero_group=8),
+                         Work(64, 2048, 2)),
+    "tensor 8": ("internlm2-1_8b", "h100", M(tensor=8), Work(2, 2048)),
+    "zero3 8 tensor 8": ("internlm2-7b", "h100", M(data=8, tensor=8, zero=3), Work(16, 4096, 2)),
+    "7B on 1,024": ("internlm2-7b", "h100", M(data=1024, zero=1, zero_group=8), Work(1024, 4096)),
+    "20B on 1,024 B200": ("internlm2-20b", "b200", M(data=1024, zero=1, zero_group=8),
+                          Work(1024, 4096)),
+}  # fmt: skip
+
+
+def record(plan: Plan) -> dict:
+    """What a golden holds of a plan."""
+    rows = {
+        f"{row['kind']} {row['axes']}": round(row["payload_bytes"])
+        for row in plan.collectives
+        if row["payload_bytes"] > SMALL_BYTES
+    }
+    return {"peak_bytes": plan.memory["peak"], "collective_bytes": rows}
+
+
+def complaints(now: dict, golden: dict | None) -> list[str]:
+    """What moved between a golden and now."""
+    if golden is None:
+        return ["no golden: set it with --write"]
+    found = [*_moved("peak memory", now["peak_bytes"], golden["peak_bytes"])]
+    was, there = golden["collective_bytes"], now["collective_bytes"]
+    for name in sorted({*was, *there}):
+        if name not in was:
+            found.append(f"new collective: {name}, {there[name] / 2**20:.1f} MiB")
+        else:
+            found += _moved(name, there.get(name, 0), was[name])
+    return found
+
+
+def _moved(name: str, now: float, was: float) -> list[str]:
+    change = now / was - 1
+    return [f"{name}: {was / 2**20:,.1f} -> {now / 2**20:,.1f} MiB ({change:+.1%})"] * (
+        abs(change) > TOLERANCE
+    )
+
+
+def compiled(name: str) -> Plan | str:
+    """The plan of a case, or why there is none."""
+    arch, gpu, mesh, work = CASES[name]
+    gpus = mesh.data * mesh.tensor * mesh.pipe * mesh.context * mesh.expert
+    cfg = PlanConfig(arch=config(arch), gpu=gpu, gpus=gpus, cache=".cache/plans")
+    return next(plans(cfg, [(mesh, work)]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="set the goldens anew")
+    write = parser.parse_args().write
+    plan_python()
+    goldens = json.loads(GOLDENS.read_text(encoding="utf-8")) if GOLDENS.is_file() else {}
+    failed, new, start = 0, {}, time.perf_counter()
+    for name, (arch, gpu, mesh, _) in CASES.items():
+        begin = time.perf_counter()
+        plan = compiled(name)
+        found = [plan] if isinstance(plan, str) else []
+        if not found:
+            new[name] = record(plan)
+            found = [] if write else complaints(new[name], goldens.get(name))
+        words = f"{name}: {arch} on {gpu}, {mesh_words(vars(mesh))}"
+        print(f"{'FAILED' if found else 'ok':<7}{time.perf_counter() - begin:6.1f} s  {words}")
+        for line in found:
+            print(f"        {line}")
+        failed += bool(found)
+    print(f"{len(CASES) - failed} of {len(CASES)} plans ok in {time.perf_counter() - start:.0f} s")
+    if write and not failed:
+        GOLDENS.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
