@@ -110,7 +110,22 @@ def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
         low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
         delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
         return einsum(spec, x, w.base, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
-    return jnp.einsum(spec, x, plain(w, x.dtype), **kwargs)
+    return _contract(spec, x, plain(w, x.dtype), **kwargs)
+
+
+def _contract(spec: str, x: Array, w: Array, **kwargs) -> Array:
+    """Multiplies as one plain matrix product.
+
+    XLA's CPU backend takes nearly twice the time for the backward pass of a feed-forward block with
+    the rows in two dims (2,048 x 576 x 1,536, float32, 2 cores: 224 ms, flat 126 ms).
+    """
+    lhs, rhs, result = _split(spec)
+    num_in = sum(c not in result for c in rhs)
+    if lhs[-num_in:] != rhs[:num_in] or result != lhs[:-num_in] + rhs[num_in:]:
+        raise ValueError(f"einsum {spec!r}: the input dims come last in x and first in w.")
+    lead, out = x.shape[: x.ndim - num_in], w.shape[num_in:]
+    rows = x.reshape(math.prod(lead), -1)
+    return jnp.matmul(rows, w.reshape(rows.shape[1], -1), **kwargs).reshape(*lead, *out)
 
 
 def _split(spec: str) -> tuple[str, str, str]:

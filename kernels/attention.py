@@ -3,7 +3,9 @@
 Knows nothing of models or caches: the caller says by `mask` who may see whom.
 """
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from internjax.tree import wide
@@ -42,3 +44,108 @@ def attention(
     weights = weights / weights.sum(axis=-1, keepdims=True)
     mixed = jnp.einsum("BKGTC,BCKH->BTKGH", weights.astype(v.dtype), v)
     return mixed.reshape(B, T, N, H)
+
+
+BLOCK, MOST_BLOCKS = 128, 16
+ATTENDED = (
+    "attended"  # name of what a recomputing backward pass should keep: small, and dear to make
+)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Computes what `attention` does under `causal_mask`, for training: less time and memory.
+
+    Goes through blocks of queries, each of which looks at the keys up to its own end only, and
+    keeps no scores: the backward pass makes them again (as FlashAttention, arXiv:2205.14135, with
+    the normaliser kept). Measured on 2 CPU cores, forward and backward, B 4, T 512, N 9, K 3,
+    H 64: 64 ms, against 211 ms of `attention` and its own derivative.
+    """
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    return _blockwise(q, k, v, segment_ids)
+
+
+@jax.custom_vjp
+def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    return _blockwise_forward(q, k, v, segment_ids)[0]
+
+
+def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array):
+    keys, values = _by_head(k, k), _by_head(v, k)
+    outs, normalisers = [], []
+    for start, end in _blocks(q.shape[1]):
+        scores = _scores(_by_head(q[:, start:end], k), keys[:, :end], segment_ids, start, end)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = _matmul("XQC,XCH->XQH", weights / total, values[:, :end], v.dtype)
+        outs.append(checkpoint_name(out, ATTENDED))
+        normalisers.append(checkpoint_name(top + jnp.log(total), ATTENDED))
+    mixed = jnp.concatenate([_by_row(out, q) for out in outs], axis=1)
+    return mixed, (q, k, v, segment_ids, outs, normalisers)
+
+
+def _blockwise_backward(kept, g: Array):
+    q, k, v, segment_ids, outs, normalisers = kept
+    keys, values = _by_head(k, k), _by_head(v, k)
+    wide_dtype = wide(q.dtype)
+    d_keys, d_values = (jnp.zeros(x.shape, wide_dtype) for x in (keys, values))
+    d_queries = []
+    for (start, end), out, normaliser in zip(_blocks(q.shape[1]), outs, normalisers, strict=True):
+        queries, g_out = _by_head(q[:, start:end], k), _by_head(g[:, start:end], k)
+        scores = _scores(queries, keys[:, :end], segment_ids, start, end)
+        weights = jnp.exp(scores - normaliser)
+        d_values = d_values.at[:, :end].add(_matmul("XQC,XQH->XCH", weights, g_out, wide_dtype))
+        inner = jnp.sum(g_out.astype(wide_dtype) * out.astype(wide_dtype), axis=-1, keepdims=True)
+        d_weights = _matmul("XQH,XCH->XQC", g_out, values[:, :end], wide_dtype)
+        d_scores = (weights * (d_weights - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+        d_queries.append(_by_row(_matmul("XQC,XCH->XQH", d_scores, keys[:, :end], q.dtype), q))
+        d_keys = d_keys.at[:, :end].add(_matmul("XQC,XQH->XCH", d_scores, queries, wide_dtype))
+    d_k, d_v = (_by_row(x, k).astype(k.dtype) for x in (d_keys, d_values))
+    return jnp.concatenate(d_queries, axis=1), d_k, d_v, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """Start and end of the blocks of queries."""
+    size = max(BLOCK, -(-T // MOST_BLOCKS))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _by_head(x: Array, k: Array) -> Array:
+    """Returns `[B, T, N, H]` as `[B K, G T, H]`: one matrix product a KV head."""
+    B, T, N, H = x.shape
+    K = k.shape[2]
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+
+
+def _by_row(x: Array, like: Array) -> Array:
+    """Inverse of `_by_head` for a tensor with the batch and the heads of `like`."""
+    B, _, N, H = like.shape
+    K = len(x) // B
+    T = x.shape[1] * K // N
+    return x.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _scores(queries: Array, keys: Array, segment_ids: Array, start: int, end: int) -> Array:
+    """Returns the scaled scores `[B K, G Q, end]` of one block, unseen keys at `NEG`."""
+    B, heads, Q = len(segment_ids), len(keys) // len(segment_ids), end - start
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+    seen = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+    scores = _matmul("XQH,XCH->XQC", queries, keys, wide(queries.dtype))
+    scores = scores.reshape(B, heads, -1, Q, end) * queries.shape[-1] ** -0.5
+    scores = jnp.where(seen[:, None, None], scores, jnp.asarray(NEG, scores.dtype))
+    return scores.reshape(len(keys), -1, end)
+
+
+def _matmul(spec: str, a: Array, b: Array, dtype) -> Array:
+    """Multiplies in the dtype of `b`, adds up in at least float32, returns `dtype`."""
+    out = jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide(b.dtype))
+    return out.astype(dtype)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.kernels.attention import attention, causal_mask
+from internjax.kernels.attention import attention, causal_attention, causal_mask
 from internjax.kernels.cross_entropy import chunked_cross_entropy
 
 
@@ -83,3 +83,28 @@ def test_a_row_that_may_see_nothing_is_finite():
     mask = jnp.zeros((1, 2, 2), bool)
     value, grad = jax.value_and_grad(lambda q: jnp.sum(attention(q, q, q, mask)))(q)
     assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("T", [7, 128, 300])
+@pytest.mark.parametrize("packed", [True, False])
+def test_blockwise_attention_is_attention_with_its_derivatives(T: int, packed: bool):
+    B, N, K, H = 2, 6, 2, 4
+    q, k, v, g = (drawn(i, B, T, heads, H) for i, heads in enumerate((N, K, K, N)))
+    segments = jnp.sort(jax.random.randint(jax.random.key(9), (B, T), 0, 4, jnp.int32), axis=1)
+    mask = causal_mask(segments, segments if packed else None)  # positions only give the shape
+    run = lambda f, *args: jax.jit(lambda *a: jax.vjp(f, *a)[1](g))(*args)  # noqa: E731
+    block = lambda q, k, v: causal_attention(q, k, v, segments if packed else None)  # noqa: E731
+    plain = lambda q, k, v: attention(q, k, v, mask)  # noqa: E731
+    np.testing.assert_allclose(block(q, k, v), plain(q, k, v), rtol=0, atol=1e-12)
+    for got, want in zip(run(block, q, k, v), run(plain, q, k, v), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_blockwise_attention_in_bfloat16_is_as_near_as_bfloat16_allows():
+    q, k, v, g = (drawn(i, 1, 200, heads, 8) for i, heads in enumerate((4, 2, 2, 4)))
+    low = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
+    _, pull = jax.vjp(causal_attention, *(low(x) for x in (q, k, v)))
+    _, exact = jax.vjp(causal_attention, q, k, v)
+    for got, want in zip(pull(low(g)), exact(g), strict=True):
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < 2**-6  # a few roundings of 2^-8

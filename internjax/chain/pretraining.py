@@ -50,7 +50,7 @@ class PretrainConfig:
     reduce_dtype: Literal["", "float32", "bfloat16"] = ""
     seed: int = 0
     loss: LossConfig = LossConfig()
-    remat: Remat = Remat()
+    remat: Remat = Remat("dots")
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
     run: RunConfig = field(default_factory=lambda: RunConfig(steps=8, save_every=0))
 

@@ -44,7 +44,7 @@ class TuneConfig:
     batch_size: int = 4
     length: int = 256
     micro_batches: int = 1
-    remat: Remat = Remat()
+    remat: Remat = Remat("dots")
     seed: int = 0
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup_fraction=0.1))

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import Parallel
-from internjax.kernels.attention import attention, causal_mask
+from internjax.kernels.attention import attention, causal_attention
 from internjax.kernels.block_attention import Sums, add_keys, finish, gradients, no_sums, visible
 from internjax.tree import wide
 
@@ -47,8 +47,7 @@ def attend_on(
     """
     axis = par.context
     if axis is None:
-        mask = causal_mask(positions, segment_ids)
-        return lambda q, k, v: attention(q, k, v, mask)
+        return lambda q, k, v: causal_attention(q, k, v, segment_ids)
     if segment_ids is None:
         segment_ids = jnp.zeros_like(positions)
     local = jnp.stack([segment_ids.astype(jnp.int32), positions.astype(jnp.int32)])

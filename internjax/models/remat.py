@@ -8,6 +8,7 @@ import jax
 from jax import checkpoint_policies as policies
 
 from internjax.errors import UserError
+from internjax.kernels.attention import ATTENDED
 from internjax.tree import Params
 from internjax.weights import GATHERED
 
@@ -19,8 +20,8 @@ class Remat:
     """How much is recomputed.
 
     Fields:
-      policy: none keeps every activation; dots keeps the results of matrix products and recomputes
-        what lies between; full keeps a layer's input only.
+      policy: none keeps every activation; dots keeps the results of matrix products and of
+        attention and recomputes what lies between; full keeps a layer's input only.
       fraction: share of the layers the policy holds for, the first ones (InternEvo's `checkpoint`);
         the others keep everything.
     """
@@ -53,7 +54,10 @@ def recomputed(
     if gathered:
         forget = policies.save_anything_except_these_names(GATHERED)
         plain = jax.checkpoint(layer, policy=forget)
-    policy = policies.dots_with_no_batch_dims_saveable if remat.policy == "dots" else None
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENDED)
+    )
+    policy = dots if remat.policy == "dots" else None
     saved = jax.checkpoint(layer, policy=policy)
     if first in (0, L):
         return [(saved if first else plain, layers)]
