@@ -190,28 +190,25 @@ def case(cfg: PlanConfig) -> tuple[MeshConfig, Work]:
 
 def plans(cfg: PlanConfig, cases: Sequence[tuple[MeshConfig, Work]]) -> Iterator[Plan | str]:
     """Compiles cases one after the other; yields a plan each, or why there is none."""
-    for (mesh, work), found in zip(cases, programs(cfg, cases), strict=True):
-        if isinstance(found, str):
-            yield found
-            continue
-        answer, compiled = found
-        held, parameters = answer["arguments"], answer["parameters"]
-        yield make_plan(
-            compiled, held, parameters, cfg.arch, mesh, answer["axes"], work, cfg.machine
-        )
-
-
-def programs(
-    cfg: PlanConfig, cases: Sequence[tuple[MeshConfig, Work]]
-) -> Iterator[tuple[dict[str, Any], Compiled] | str]:
-    """Compiles cases; yields what the compiling process says and what it made, or its error."""
     requests = [request(cfg, mesh, work) for mesh, work in cases]
-    for answer in answers(cfg, requests):
-        if "error" in answer:
-            yield answer["error"]
-            continue
-        compiled = kept(cache_folder(cfg), answer["key"])
-        yield answer, replace(compiled, seconds=answer["seconds"], cached=answer["cached"])
+    for (mesh, work), answer in zip(cases, answers(cfg, requests), strict=True):
+        yield plan_of(cfg, mesh, work, answer)
+
+
+def plan_of(cfg: PlanConfig, mesh: MeshConfig, work: Work, answer: dict) -> Plan | str:
+    """Reads what the compiling process made of a case."""
+    if "error" in answer:
+        return answer["error"]
+    compiled = compiled_of(cfg, answer)
+    held, parameters = answer["arguments"], answer["parameters"]
+    axes, machine = answer["axes"], cfg.machine
+    return make_plan(compiled, held, parameters, cfg.arch, mesh, axes, work, machine)
+
+
+def compiled_of(cfg: PlanConfig, answer: dict) -> Compiled:
+    """Takes a compiled program out of the cache."""
+    compiled = kept(cache_folder(cfg), answer["key"])
+    return replace(compiled, seconds=answer["seconds"], cached=answer["cached"])
 
 
 def request(cfg: PlanConfig, mesh: MeshConfig, work: Work) -> dict[str, Any]:

@@ -10,16 +10,19 @@ the other 28 are predicted.
 import itertools
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from internjax.errors import UserError
-from internjax.experiments.plan import PlanConfig, programs
+from internjax.experiments.plan import PlanConfig, answers, compiled_of, plan_of, request
 from internjax.mesh import MeshConfig
 from internjax.models.internlm import config
-from internjax.plan.estimate import Constants, Machine, collective_seconds
+from internjax.plan.estimate import Constants, Machine, collective_seconds, timeline
 from internjax.plan.hlo import Collective, Program, read
 from internjax.plan.memory import Work
-from internjax.plan.scaling import at_size
+from internjax.plan.present import mesh_words
+from internjax.plan.record import Plan
+from internjax.plan.scaling import at_size, resized, sizes
+from internjax.plan.search import candidates
 from internjax.plan.topology import gpu_named
 from internjax.telemetry import work_of
 
@@ -131,11 +134,11 @@ def all_programs() -> dict[Cell, Program]:
     cfg = PlanConfig(arch=config("internlm-7b"), gpu="a100-80")
     cells = [*((row, 64) for row in PUBLISHED), LARGEST]
     made = {}
-    for cell, found in zip(cells, programs(cfg, [case(*cell) for cell in cells]), strict=True):
-        if isinstance(found, str):
-            raise UserError(f"{cell}: the compiler failed: {found}")
-        answer, compiled = found
-        made[cell] = read(compiled.text, answer["axes"])
+    requests = [request(cfg, *case(*cell)) for cell in cells]
+    for cell, answer in zip(cells, answers(cfg, requests), strict=True):
+        if "error" in answer:
+            raise UserError(f"{cell}: the compiler failed: {answer['error']}")
+        made[cell] = read(compiled_of(cfg, answer).text, answer["axes"])
         print(f"compiled: {cell[0]} on {cell[1]} GPUs", file=sys.stderr)
     every = {
         (row, n): at_size(made[row, 64], case(row, n)[0].sizes, 8)
@@ -186,11 +189,53 @@ def verdict(programs: dict[Cell, Program], fit: Fit) -> str:
     )
 
 
+# arch, GPUs, rows of the global batch (16 M tokens at 1,024 GPUs, as InternEvo's headline has it).
+RUNS = (("internlm2-7b", 1024, 4096), ("internlm2-20b", 1024, 4096), ("internlm-104b", 4096, 16384))
+
+
+def hundreds(overlap: float) -> str:
+    """Weak scaling on H100s with the first mesh of `search` that fits when compiled."""
+    lines = ["| model | GPUs | mesh | peak GiB | tokens/s/GPU, MFU | efficiency at overlap 0 |"]
+    lines[0] += f" {overlap:.2f} | 1 |"
+    lines.append("|---" * 8 + "|")
+    for arch, gpus, rows in RUNS:
+        plan, program, cfg = first_that_fits(arch, gpus, rows, overlap)
+        mesh = MeshConfig(**plan.mesh)
+        small = resized(mesh, sizes(mesh, 8)[0])
+        base = timeline(at_size(program, small.sizes, 8), cfg.machine)
+        shares = [base.step(e.overlap) / e.step_seconds for e in plan.estimates]
+        fitted = plan.fitted
+        lines.append(
+            f"| {arch} | {gpus:,} | {mesh_words(plan.mesh)}, {plan.work['micro_batches']} micro"
+            f" | {plan.memory['peak'] / 2**30:.1f} |"
+            f" {fitted.tokens_per_second_gpu:,.0f}, {fitted.mfu:.1%} | "
+            + " | ".join(f"{share:.1%}" for share in shares)
+            + f" | (from {small.num_devices} GPUs)"
+        )
+    return "\n".join(lines)
+
+
+def first_that_fits(
+    arch: str, gpus: int, rows: int, overlap: float
+) -> tuple[Plan, Program, PlanConfig]:
+    """Compiles candidates of `search`, best first, until one fits."""
+    constants = replace(Constants(), overlap=overlap)
+    cfg = PlanConfig(arch=config(arch), gpu="h100", gpus=gpus, batch_size=rows, constants=constants)
+    ranked = candidates(cfg.arch, gpus, cfg.machine, cfg.work)[:6]
+    requests = [request(cfg, c.mesh, c.work) for c in ranked]
+    for c, answer in zip(ranked, answers(cfg, requests), strict=True):
+        plan = plan_of(cfg, c.mesh, c.work, answer)
+        if isinstance(plan, Plan) and plan.fits:
+            return plan, read(compiled_of(cfg, answer).text, answer["axes"]), cfg
+        print(f"{arch}: {mesh_words(asdict(c.mesh))} does not fit", file=sys.stderr)
+    raise UserError(f"{arch} on {gpus}: none of the first six plans fits.")
+
+
 def main() -> None:
     """Compiles, fits, predicts and prints."""
     found = all_programs()
     fit = fitted(found)
-    print(table(found, fit), "", verdict(found, fit), sep="\n")
+    print(table(found, fit), "", verdict(found, fit), "", hundreds(fit.overlap), sep="\n")
 
 
 if __name__ == "__main__":

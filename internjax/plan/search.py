@@ -105,7 +105,7 @@ def sketch(cfg: ModelConfig, mesh: MeshConfig, work: Work, per_node: int) -> Pro
     # The bubble is ticks on which a stage idles.
     ticks = work.micro_batches + (mesh.pipe - 1) / mesh.chunks
     c = work.compute_bytes
-    weights = memory_bytes(cfg, replace(mesh, zero=0), work)["weights"]
+    weights = memory_bytes(cfg, replace(mesh, zero=0), work)["weights"]  # whole, in use
     sizes = mesh.sizes
     travel = 2 if work.reduce_dtype == "float32" else 1  # times the bf16 weights
 
