@@ -5,25 +5,31 @@ Reads the shards that `internjax data run` made; writes model/ (the trained mode
 stopped.
 """
 
+import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra
+import jax
 from omegaconf import DictConfig
 
-from internjax.chain.pretraining import PretrainConfig, pretrain
-from internjax.chain.verbs import produce_at, write_training_page
-from internjax.data.shards import TokenShards
+from internjax.chain.pretraining import PretrainConfig, pretrain, settings_of
+from internjax.chain.verbs import produce_at, scratch_of, write_training_page
+from internjax.data.mixture import open_sources
+from internjax.data.store import is_address
 from internjax.errors import UserError
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build, part
 from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.models.convert import model_path
-from internjax.models.load import load, random_model, resolve
+from internjax.models.init import InitConfig
+from internjax.models.load import Model, load, random_model, resolve
 from internjax.models.native import save_native
+from internjax.train.launch import detect, is_worker, joined, supervise
+from internjax.train.mup import rescale_start
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class PretrainRun(PretrainConfig):
     tokenizer: str = ""
     shards: str = ""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init: InitConfig = InitConfig()
+    restarts: int = 0
     out: str = ""
     runs: str = "runs"
 
@@ -50,36 +58,52 @@ class PretrainRun(PretrainConfig):
 
 @hydra.main(config_path="../configs", config_name="pretrain", version_base=None)
 def main(raw: DictConfig) -> None:
-    """Trains and says how held-out bits per byte changed."""
+    """Trains and says how held-out bits per byte changed; one of many processes where it is one."""
     cfg = build(PretrainRun, raw)
+    info = detect(os.environ)
+    if info is not None and not is_worker():
+        sys.exit(supervise(sys.orig_argv, restarts=cfg.restarts))
+    with joined(info):
+        run(cfg)
+
+
+def run(cfg: PretrainRun) -> None:
+    """Makes the artefact; in a run of several processes the first one writes it."""
     enable_compilation_cache()
     start = model_path(resolve(cfg.tokenizer if cfg.arch else cfg.model))
-    shards = {name: Path(cfg.shards) / name for name in ("train", "heldout")}
-    for path in shards.values():
-        TokenShards(path)  # what is missing is said before any work is done
+    train, heldout = (f"{cfg.shards}/{name}" for name in ("train", "heldout"))
+    for shards in (train, heldout):
+        open_sources(shards)  # what is missing is said before any work is done
     settings = part(PretrainConfig, cfg)
 
+    def trained(scratch: Path) -> tuple[Model, dict]:
+        model = random_model(cfg.arch, start, cfg.seed, cfg.init) if cfg.arch else load(cfg.model)
+        if cfg.arch and cfg.optim.base_width:
+            params = rescale_start(model.params, model.cfg.d_model, cfg.optim.base_width)
+            model = replace(model, params=params)
+        sources = (open_sources(at, tokenizer_hash=model.tokenizer.hash) for at in (train, heldout))
+        return pretrain(model, *sources, settings, scratch, mesh=cfg.mesh)
+
     def make(folder: Path, scratch: Path) -> dict:
-        model = random_model(cfg.arch, start, cfg.seed) if cfg.arch else load(cfg.model)
-        train, heldout = (
-            TokenShards(shards[n], tokenizer_hash=model.tokenizer.hash) for n in shards
-        )
-        trained, metrics = pretrain(model, train, heldout, settings, scratch, mesh=cfg.mesh)
-        save_native(folder / "model", trained.cfg, trained.params, model.tokenizer)
+        model, metrics = trained(scratch)
+        save_native(folder / "model", model.cfg, model.params, model.tokenizer)
         shutil.copyfile(scratch / "steps.jsonl", folder / "steps.jsonl")
         write_training_page(folder / "report.html", f"Pretraining of {model.cfg.name}", metrics)
         return metrics
 
-    done = produce_at(
-        cfg.out,
-        cfg.runs,
-        "pretrain",
-        config={"settings": settings, "arch": cfg.arch},
-        inputs={"tokenizer" if cfg.arch else "model": start} | shards,
-        make=make,
-    )
+    config = {"settings": settings_of(settings), "arch": cfg.arch, "init": cfg.init}
+    inputs = {"tokenizer" if cfg.arch else "model": start} | local_inputs(train, heldout)
+    if jax.process_index():
+        trained(scratch_of(cfg.runs, "pretrain", config=config, inputs=inputs)[1])
+        return
+    done = produce_at(cfg.out, cfg.runs, "pretrain", config=config, inputs=inputs, make=make)
     before, after = (done.metrics[f"heldout_bits_per_byte_{when}"] for when in ("before", "after"))
     print(f"{done.path}: held-out bits per byte {before:.4f} -> {after:.4f}")
+
+
+def local_inputs(train: str, heldout: str) -> dict[str, Path]:
+    """The shards as declared sources; those at an address are named in the config only."""
+    return {} if is_address(train) else {"train": Path(train), "heldout": Path(heldout)}
 
 
 if __name__ == "__main__":  # the same program as `internjax pretrain`

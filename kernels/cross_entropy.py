@@ -20,10 +20,11 @@ def chunked_cross_entropy(
     axis: str | None = None,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns what is minimised and -log softmax(unembed(x))[target], both at every position.
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns three values at every position, in the logits' dtype and natural logarithms.
 
-    Natural logarithms, in the logits' dtype. The two differ by smoothing and z-loss only.
+    What is minimised; -log softmax(unembed(x))[target], which differs from it by smoothing and
+    z-loss only; and whether no other token has a higher logit than the target, 1 or 0.
 
     Args:
       unembed: states to logits; it may close over sharded weights.
@@ -37,14 +38,14 @@ def chunked_cross_entropy(
     @jax.checkpoint
     def piece(x: Array, targets: Array) -> Array:
         logits = unembed(x)
-        normaliser, at_target, mean = _over_vocabulary(logits, targets, axis)
+        normaliser, at_target, mean, top = _over_vocabulary(logits, targets, axis)
         nll = normaliser - at_target
         aim = nll
         if smoothing:
             aim = normaliser - (1 - smoothing) * at_target - smoothing * mean
         if z_loss:
             aim = aim + z_loss * normaliser**2
-        return jnp.stack([aim, nll])
+        return jnp.stack([aim, nll, (at_target >= top).astype(nll.dtype)])
 
     T = x.shape[1]
     if chunk >= T:
@@ -58,21 +59,25 @@ def chunked_cross_entropy(
         cut = lambda y: lax.dynamic_slice_in_dim(y, start, chunk, axis=1)  # noqa: E731
         return None, piece(cut(x), cut(targets))
 
-    _, losses = lax.scan(step, None, starts)  # [chunks, 2, B, chunk]
-    losses = jnp.moveaxis(losses, 0, 2).reshape(2, x.shape[0], -1)[:, :, :T]
+    _, losses = lax.scan(step, None, starts)  # [chunks, 3, B, chunk]
+    losses = jnp.moveaxis(losses, 0, 2).reshape(3, x.shape[0], -1)[:, :, :T]
     return tuple(losses)
 
 
-def _over_vocabulary(logits: Array, targets: Array, axis: str | None) -> tuple[Array, Array, Array]:
-    """Returns log sum exp, the target's logit and the mean logit, each `[B, S]`."""
+def _over_vocabulary(
+    logits: Array, targets: Array, axis: str | None
+) -> tuple[Array, Array, Array, Array]:
+    """Returns log sum exp, the target's, the mean and the highest logit, each `[B, S]`."""
     V = logits.shape[-1]
     first = 0 if axis is None else lax.axis_index(axis) * V
     hit = (jnp.arange(V, dtype=targets.dtype) + first)[None, None, :] == targets[..., None]
     at_target = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
     total = jnp.sum(logits, axis=-1)
-    if axis is None:
-        return jax.nn.logsumexp(logits, axis=-1), at_target, total / V
-    top = lax.pmax(lax.stop_gradient(logits.max(axis=-1)), axis)
+    top = lax.stop_gradient(logits).max(axis=-1)
+    if axis is not None:
+        top = lax.pmax(top, axis)
     exponents = jnp.exp(logits - top[..., None]).sum(axis=-1)
-    exponents, at_target, total = lax.psum((exponents, at_target, total), axis)
-    return jnp.log(exponents) + top, at_target, total / (V * lax.axis_size(axis))
+    if axis is not None:
+        exponents, at_target, total = lax.psum((exponents, at_target, total), axis)
+        V = V * lax.axis_size(axis)
+    return jnp.log(exponents) + top, at_target, total / V, top

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from internjax import configs
 from internjax.chain.pretraining import PretrainConfig, bits_per_byte, pretrain
 from internjax.cli import run
-from internjax.data.loader import batches
+from internjax.data.loader import ReadAhead
+from internjax.data.mixture import WeightsFrom
 from internjax.data.shards import TokenShards, write_shards
 from internjax.data.templates import TEMPLATES
 from internjax.errors import UserError
@@ -26,6 +27,7 @@ from internjax.models.load import Model, load
 from internjax.models.native import save_native
 from internjax.train.loop import RunConfig
 from internjax.train.optim import OptimConfig
+from internjax.train.stop import Stopped
 from internjax.tree import flatten
 from tests.fakes import TINY, byte_tokenizer
 
@@ -122,25 +124,45 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path, float64):
     cfg = settings(4)
     _, want = pretrain(model, train, heldout, cfg, tmp_path / "straight")
 
-    def stopping(rows, batch_size, *, seed):
-        batch_at = batches(rows, batch_size, seed=seed)
+    class Stopping(ReadAhead):
+        def __call__(self, step: int):
+            if step == 1:
+                (tmp_path / "moved" / "STOP").touch()
+            return super().__call__(step)
 
-        def at(step: int):
-            if step == 2:
-                raise KeyboardInterrupt
-            return batch_at(step)
-
-        return at
-
-    cfg = replace(cfg, run=replace(cfg.run, save_every=2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("internjax.chain.pretraining.batches", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr("internjax.chain.pretraining.ReadAhead", Stopping)
+        with pytest.raises(Stopped, match="stopped by"):
             pretrain(model, train, heldout, cfg, tmp_path / "moved")
     _, got = pretrain(
         model, train, heldout, cfg, tmp_path / "moved", mesh=MeshConfig(data=2, tensor=2)
     )
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-11)
+
+
+def test_a_mixture_tells_the_loss_of_every_source(tmp_path: Path, float64):
+    model, train, heldout = setup(tmp_path, "float64")
+    cfg = settings(2, weights=(WeightsFrom(0, {"a": 3.0, "b": 1.0}),))
+    sources = {"a": train, "b": heldout}
+    for mesh in (MeshConfig(), MeshConfig(pipe=2)):
+        folder = tmp_path / f"pipe{mesh.pipe}"
+        pretrain(model, sources, heldout, cfg, folder, mesh=mesh)
+        lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        for line in lines:
+            losses = [line[f"loss/{name}"] for name in sources if f"loss/{name}" in line]
+            assert min(losses) * (1 - 1e-9) <= line["loss"] <= max(losses) * (1 + 1e-9)
+            assert 0 <= line["accuracy"] <= 1 and line["lr"] > 0
+
+
+def test_float16_learns_by_a_scaled_loss(tmp_path: Path):
+    model, train, heldout = setup(tmp_path, "float32")
+    cfg = settings(6, dtype="float16")
+    trained, metrics = pretrain(model, train, heldout, cfg, tmp_path / "run")
+    _, wide = pretrain(model, train, heldout, settings(6), tmp_path / "wide")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert lines[0]["loss_scale"] == 65536 and all(line["finite"] for line in lines)
+    np.testing.assert_allclose(metrics["loss"], wide["loss"], rtol=2e-2)  # float16 has 11 bits
+    assert trained.params["layers"]["wq"].dtype == np.float32
 
 
 def test_rows_that_devices_cannot_share_are_refused(tmp_path: Path):

@@ -43,7 +43,7 @@ def test_cross_entropy_by_chunks_is_the_plain_one(chunk: int):
 def test_smoothing_and_z_loss_by_their_definitions():
     x, head = drawn(0, 2, 7, 4), drawn(1, 4, 11)
     targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11, jnp.int32)
-    aim, nll = chunked_cross_entropy(
+    aim, nll, right = chunked_cross_entropy(
         lambda x: x @ head, x, targets, chunk=3, smoothing=0.2, z_loss=0.01
     )
     logp = jax.nn.log_softmax(x @ head, axis=-1)
@@ -53,12 +53,13 @@ def test_smoothing_and_z_loss_by_their_definitions():
     np.testing.assert_allclose(aim, want, rtol=0, atol=1e-12)
     picked = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(nll, picked, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(right, (x @ head).argmax(axis=-1) == targets)
 
 
 def test_cross_entropy_of_huge_logits_is_finite():
     x = jnp.full((1, 2, 1), 1e4)
     head = jnp.array([[1.0, -1.0]])
-    got, _ = chunked_cross_entropy(lambda x: x @ head, x, jnp.array([[0, 1]]), chunk=1)
+    _, got, _ = chunked_cross_entropy(lambda x: x @ head, x, jnp.array([[0, 1]]), chunk=1)
     np.testing.assert_allclose(got, [[0.0, 2e4]])
 
 

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from internjax.errors import UserError
 from internjax.models.decoder import init_params
 from internjax.models.init import InitConfig
 from tests.fakes import tiny_model
@@ -34,14 +33,3 @@ def test_each_kind_by_its_definition(kind: str, inner: float, edge: float, resid
     np.testing.assert_allclose(spread(init, "layers", "w_gate"), inner, rtol=0.03)
     np.testing.assert_allclose(spread(init, "layers", "w_down"), residual, rtol=0.03)
     np.testing.assert_allclose(spread(init, "embed"), edge, rtol=0.03)
-
-
-def test_width_scaling_narrows_matrices_and_the_head_and_leaves_the_embedding():
-    wide, plain = InitConfig(base_width=16), InitConfig()  # the model is four times as wide
-    for path, ratio in ((("layers", "wq"), 0.5), (("layers", "wo"), 0.5), (("embed",), 1.0)):
-        np.testing.assert_allclose(spread(wide, *path), spread(plain, *path) * ratio, rtol=1e-5)
-
-
-def test_a_negative_width_is_refused():
-    with pytest.raises(UserError, match=r"kinds are gpt2, internlm, internlm2"):
-        InitConfig(base_width=-1)

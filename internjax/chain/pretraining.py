@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from internjax.data.batch import Batch
-from internjax.data.loader import batches
+from internjax.data.loader import ReadAhead
+from internjax.data.mixture import Mixture, MixtureConfig, WeightsFrom
 from internjax.data.pack import pack
+from internjax.data.schedule import BatchPlan
 from internjax.data.shards import TokenShards
 from internjax.errors import UserError
 from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.models.load import Model
 from internjax.models.remat import Remat
+from internjax.telemetry import work_of
 from internjax.train.gradients import Gradients
 from internjax.train.loop import RunConfig, fit
 from internjax.train.losses import LossConfig, Stages
-from internjax.train.optim import OptimConfig, make_optimizer
+from internjax.train.optim import OptimConfig, make_optimizer, optimizer_facts
 from internjax.train.place import ONE_DEVICE, Placement, placement
+from internjax.train.scale import ScaleConfig
 from internjax.train.state import init_state
 from internjax.train.step import make_train_step
 from internjax.tree import Params
@@ -38,7 +43,9 @@ class PretrainConfig:
     Fields:
       batch_size: rows an update; length: tokens a row; micro_batches: parts of a batch whose
         gradients are added; seed: of the order.
-      dtype: of the computation, beside master weights as they are; "" the model's own.
+      packing, weights: see `MixtureConfig`; rampup, skip_batches: see `BatchPlan`.
+      dtype: of the computation, beside master weights as they are; "" the model's own. float16
+        scales its loss by `scaling`.
       reduce_dtype: in which gradients travel between devices; "" as they are accumulated.
       loss, remat, optim, run: see `LossConfig`, `Remat`, `OptimConfig` and `RunConfig`.
     """
@@ -46,9 +53,14 @@ class PretrainConfig:
     batch_size: int = 4
     length: int = 256
     micro_batches: int = 1
-    dtype: Literal["", "float32", "bfloat16"] = ""
+    packing: Literal["first_fit", "apart", "concat"] = "first_fit"
+    weights: tuple[WeightsFrom, ...] = ()
+    rampup: str = ""
+    skip_batches: str = ""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     reduce_dtype: Literal["", "float32", "bfloat16"] = ""
     seed: int = 0
+    scaling: ScaleConfig = ScaleConfig()
     loss: LossConfig = LossConfig()
     remat: Remat = Remat("dots")
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
@@ -64,8 +76,8 @@ class PretrainConfig:
 
 def pretrain(
     model: Model,
-    train: TokenShards,
-    heldout: TokenShards,
+    train: TokenShards | Mapping[str, TokenShards],
+    heldout: TokenShards | Mapping[str, TokenShards],
     cfg: PretrainConfig,
     folder: Path,
     *,
@@ -74,6 +86,7 @@ def pretrain(
     """Trains on `train`; returns the trained model and what changed on `heldout`.
 
     Args:
+      train: one source of documents, or several by name.
       folder: of checkpoints and the step log; a run that was stopped goes on there.
       mesh: devices to run on; no setting of the result, which is the same but for rounding, so a
         run may go on on another mesh.
@@ -82,26 +95,39 @@ def pretrain(
       loss of every step.
     """
     check_length(cfg.length, model.cfg)
-    rows = rows_of(train, cfg.length)
-    tx = make_optimizer(cfg.optim, cfg.run.steps)
-    batch_at = batches(rows, cfg.batch_size, seed=cfg.seed)
+    mixture = mixture_of(train, cfg, model.cfg)
+    tx = make_optimizer(cfg.optim, cfg.run.steps, width=model.cfg.d_model)
+    scaling = cfg.scaling if cfg.dtype == "float16" else None
     with placement(mesh or MeshConfig()) as place:
-        place.check(model.cfg, cfg.batch_size, cfg.length, cfg.micro_batches)
-        gradients = make_program(model.cfg, cfg, place)
+        for size in mixture.plan.sizes:
+            place.check(model.cfg, size, cfg.length, cfg.micro_batches)
         # A copy: the loop donates its state, and the caller keeps the model it gave.
         params = place.params(jax.tree.map(jnp.copy, model.params), model.cfg)
         before = bits_per_byte(params, heldout, model.cfg, cfg.length, place)
-        state, records = fit(
-            init_state(params, tx),
-            make_train_step(gradients, tx),
-            lambda step: place.batch(batch_at(step)),
-            cfg.run,
-            folder,
-            name="pretrain",
-            settings=settings_of(cfg),
-        )
+        with closing(ReadAhead(mixture.batch_at, stop=cfg.run.steps)) as read:
+            state, records = fit(
+                init_state(params, tx, scaling),
+                make_train_step(
+                    make_program(model.cfg, cfg, place, len(mixture.names)), tx, scaling=scaling
+                ),
+                lambda step: place.batch(read(step)),
+                cfg.run,
+                folder,
+                name="pretrain",
+                settings=settings_of(cfg) | {"mixture": mixture.settings()},
+                describe=optimizer_facts(cfg.optim, cfg.run.steps),
+                work=work_of(
+                    model.cfg,
+                    length=cfg.length,
+                    remat=cfg.remat.fraction if cfg.remat.policy == "full" else 0.0,
+                    devices=place.cfg.num_devices,
+                    device=jax.devices()[0].device_kind,
+                    peak_tflops=cfg.run.peak_tflops,
+                ),
+                sources=mixture.names,
+            )
         after = bits_per_byte(state.params, heldout, model.cfg, cfg.length, place)
-        params = place.joined(state.params)
+        params = place.whole(state.params)
     metrics = {
         "heldout_bits_per_byte_before": before,
         "heldout_bits_per_byte_after": after,
@@ -113,12 +139,27 @@ def pretrain(
     return dataclasses.replace(model, params=params), metrics
 
 
-def make_program(model: ModelConfig, cfg: PretrainConfig, place: Placement) -> Gradients:
+def mixture_of(
+    train: TokenShards | Mapping[str, TokenShards], cfg: PretrainConfig, model: ModelConfig
+) -> Mixture:
+    """Makes the endless stream of rows that a run reads."""
+    plan = BatchPlan(cfg.batch_size, rampup=cfg.rampup, skip_batches=cfg.skip_batches)
+    rows = MixtureConfig(cfg.length, cfg.packing, cfg.weights, cfg.seed)
+    return Mixture(_by_name(train), plan, rows, vocab_size=model.vocab_size)
+
+
+def _by_name(sources: TokenShards | Mapping[str, TokenShards]) -> dict[str, TokenShards]:
+    return {"train": sources} if isinstance(sources, TokenShards) else dict(sources)
+
+
+def make_program(
+    model: ModelConfig, cfg: PretrainConfig, place: Placement, num_sources: int = 0
+) -> Gradients:
     """Makes the gradients of a pretraining step; what a plan compiles is the same."""
     if cfg.dtype:
         model = dataclasses.replace(model, dtype=cfg.dtype)
     return place.gradients(
-        Stages(model, cfg.loss, cfg.remat, place.par),
+        Stages(model, cfg.loss, cfg.remat, place.par, num_sources),
         micro_batches=cfg.micro_batches,
         dtype=cfg.dtype or None,
         reduce_dtype=cfg.reduce_dtype or None,
@@ -132,7 +173,7 @@ def rows_of(shards: TokenShards, length: int) -> list[Batch]:
 
 def bits_per_byte(
     params: Params,
-    shards: TokenShards,
+    shards: TokenShards | Mapping[str, TokenShards],
     cfg: ModelConfig,
     length: int,
     place: Placement = ONE_DEVICE,
@@ -142,14 +183,16 @@ def bits_per_byte(
     Documents are cut into pieces of `length`; the first token of a piece is not scored, the same
     for every model, so figures compare with each other but not with other tools'.
     """
-    rows = rows_of(shards, length)
+    sources = _by_name(shards).values()
+    rows = [row for source in sources for row in rows_of(source, length)]
     if not rows:
-        raise UserError(f"{shards.path}: holds no document to score.")
+        names = ", ".join(str(source.path) for source in sources)
+        raise UserError(f"{names}: holds no document to score.")
     size = 4 * place.cfg.row_ways * place.cfg.pipe
     total = sum(
         float(_nll_sum(params, place.batch(batch), cfg, place)) for batch in _stacked(rows, size)
     )
-    return total / math.log(2) / shards.num_bytes
+    return total / math.log(2) / sum(source.num_bytes for source in sources)
 
 
 def _stacked(rows: list[Batch], size: int) -> Iterable[Batch]:

@@ -30,8 +30,7 @@ def produce_at(
     what goes in; when the artefact is whole the scratch space is removed.
     """
     store = Path(runs).absolute() / "store"
-    key = artefact_key(store, kind, config=config, inputs=inputs)
-    scratch = store.parent / "work" / f"{kind}-{key[:16]}"
+    key, scratch = scratch_of(runs, kind, config=config, inputs=inputs)
     target = Path(out).absolute() if out else None
     for folder in {store, (target or store / key).parent}:
         sweep(folder)
@@ -46,6 +45,15 @@ def produce_at(
     if scratch.is_dir():
         shutil.rmtree(scratch)
     return artefact
+
+
+def scratch_of(
+    runs: str, kind: str, *, config: Any, inputs: Mapping[str, Artefact | Path]
+) -> tuple[str, Path]:
+    """Returns an artefact's key and the scratch space of the work on it."""
+    store = Path(runs).absolute() / "store"
+    key = artefact_key(store, kind, config=config, inputs=inputs)
+    return key, store.parent / "work" / f"{kind}-{key[:16]}"
 
 
 def write_training_page(path: Path, title: str, metrics: Mapping[str, Any]) -> None:

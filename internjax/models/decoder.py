@@ -15,7 +15,7 @@ from internjax.models import rope
 from internjax.models.cache import KVCache, read_layer, update_layer
 from internjax.models.config import ModelConfig
 from internjax.models.context import attend_on
-from internjax.models.init import InitConfig, normal, ones, zeros
+from internjax.models.init import InitConfig, ones, zeros
 from internjax.models.layers import rms_norm, swiglu
 from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
@@ -28,13 +28,13 @@ def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, 
     """Lists every weight of the model in the order in which they are drawn."""
     L, D, N, K, H = cfg.num_layers, cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     V = cfg.vocab_size
-    edge, inner, out = init.edge(D), init.inner(D), init.residual(D, L)
+    edge, inner, out = init.edge, init.inner, init.residual(L)
     heads, kv_heads = (
         ("layers", "embed", "heads", "head_dim"),
         ("layers", "embed", "kv_heads", "head_dim"),
     )
     table = {
-        "embed": ParamSpec((V, D), ("vocab", "edge_embed"), normal(init.embedding)),
+        "embed": ParamSpec((V, D), ("vocab", "edge_embed"), edge),
         "layers/attn_norm": ParamSpec((L, D), ("layers", None), ones),
         "layers/wq": ParamSpec((L, D, N, H), heads, inner),
         "layers/wk": ParamSpec((L, D, K, H), kv_heads, inner),
@@ -60,12 +60,12 @@ def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, 
 
 def _feed_forward_table(cfg: ModelConfig, init: InitConfig) -> dict[str, ParamSpec]:
     """A mixture has experts, and of the dense block what its tokens share."""
-    L, D, inner = cfg.num_layers, cfg.d_model, init.inner(cfg.d_model)
+    L, D, inner = cfg.num_layers, cfg.d_model, init.inner
     F = cfg.shared_experts if cfg.num_experts else cfg.d_ff
     dense = {
         "layers/w_gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
         "layers/w_up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), inner),
-        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), init.residual(D, L)),
+        "layers/w_down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), init.residual(L)),
     }
     return (dense if F else {}) | (expert_table(cfg, init) if cfg.num_experts else {})
 

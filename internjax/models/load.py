@@ -15,6 +15,7 @@ from internjax.errors import Missing
 from internjax.models.config import ModelConfig
 from internjax.models.convert import model_path, read_model
 from internjax.models.decoder import init_params
+from internjax.models.init import InitConfig
 from internjax.tree import Params
 
 
@@ -66,13 +67,15 @@ def load(name_or_path: str | Path, *, dtype: str = "float32") -> Model:
     return Model(cfg, params, tokenizer, template_for(path, tokenizer), path)
 
 
-def random_model(cfg: ModelConfig, tokenizer_path: Path, seed: int) -> Model:
+def random_model(
+    cfg: ModelConfig, tokenizer_path: Path, seed: int, init: InitConfig = InitConfig()
+) -> Model:
     """Draws a model of shape `cfg`, with the tokenizer and the chat template found at a path.
 
     Raises: UserError when the tokenizer has more ids than the model rows.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocab(tokenizer, cfg.vocab_size)
-    params = init_params(cfg, jax.random.key(seed), jnp.dtype(cfg.dtype))
+    params = init_params(cfg, jax.random.key(seed), jnp.dtype(cfg.dtype), init=init)
     template = template_for(tokenizer_path, tokenizer)
     return Model(cfg, params, tokenizer, template, tokenizer_path)

@@ -34,7 +34,7 @@ LARGEST_BLOCK, SMALLEST_BLOCK = 512, 8  # rows
 def expert_table(cfg: ModelConfig, init: InitConfig) -> dict[str, ParamSpec]:
     """Lists the weights that a mixture adds to the layers."""
     L, D, E, F = cfg.num_layers, cfg.d_model, cfg.num_experts, cfg.expert_d_ff
-    inner, out = init.inner(D), init.residual(D, L)
+    inner, out = init.inner, init.residual(L)
     columns = ("layers", "experts", "embed", "ffn")
     return {
         # Small, and every device decides with all of it: never cut.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -33,18 +34,27 @@ class LossConfig:
     chunk: int = 128
 
 
+SOURCE_PARTS = {
+    "nll_sum": "source_loss_sum",
+    "num_correct": "source_correct",
+    "num_tokens": "source_tokens",
+}
+
+
 @dataclass(frozen=True)
 class Stages:
     """The three parts of a loss between which a pipeline may cut; each is a method.
 
     Fields:
       model: the decoder; loss, remat, par: as in `next_token_loss`.
+      num_sources: of a mixture, whose parts are told apart; 0: of no interest.
     """
 
     model: ModelConfig
     loss: LossConfig = LossConfig()
     remat: Remat = Remat()
     par: Parallel = ALONE
+    num_sources: int = 0
 
     def embed(self, params: Params, batch: Batch) -> Array:
         """Tokens to states `[B, S, D]`."""
@@ -68,7 +78,7 @@ class Stages:
     def finish(self, params: Params, x: Array, batch: Batch) -> Parts:
         """States after the last layer to the likelihoods of the targets, summed."""
         x = rms_norm(x, params["final_norm"], self.model.norm_eps)
-        aims, nlls = chunked_cross_entropy(
+        found = chunked_cross_entropy(
             lambda states: unembed(params, states, self.model),
             gather_length(x, self.par),
             batch.targets,
@@ -78,10 +88,26 @@ class Stages:
             z_loss=self.loss.z_loss,
         )
         # Every device of `tensor` has the loss of all T positions, and counts its own part.
-        mask, aims, nlls = (own_length(y, self.par) for y in (batch.loss_mask, aims, nlls))
-        summed = lambda y: jnp.sum(y * mask.astype(y.dtype), dtype=wide(y.dtype))  # noqa: E731
-        total, nll = summed(aims), summed(nlls)
-        return {"loss_sum": total, "nll_sum": nll, "num_tokens": jnp.sum(mask, dtype=total.dtype)}
+        mask, aims, nlls, right = (own_length(y, self.par) for y in (batch.loss_mask, *found))
+        mask = mask.astype(wide(aims.dtype))
+        weighted = {"loss_sum": aims, "nll_sum": nlls, "num_correct": right, "num_tokens": 1.0}
+        weighted = {name: y * mask for name, y in weighted.items()}
+        parts = {name: jnp.sum(y) for name, y in weighted.items()}
+        if self.num_sources:
+            sources = own_length(batch.sources, self.par)
+            one_hot = jax.nn.one_hot(sources, self.num_sources, dtype=mask.dtype)
+            for name, told in SOURCE_PARTS.items():
+                parts[told] = jnp.einsum("BT,BTS->S", weighted[name], one_hot)
+        return parts
+
+    def zero_parts(self) -> Parts:
+        """The parts of no batch at all."""
+        zeros = lambda *shape: jnp.zeros(shape, wide(self.model.dtype))  # noqa: E731
+        names = ("loss_sum", "nll_sum", "aux_sum", "num_correct", "num_tokens")
+        parts = {name: zeros() for name in names}
+        if self.num_sources:
+            parts |= {name: zeros(self.num_sources) for name in SOURCE_PARTS.values()}
+        return parts
 
     def whole(self, params: Params, batch: Batch, frozen: Any = None) -> tuple[Array, Parts]:
         """All three parts: the mean loss and its sums."""
@@ -101,9 +127,9 @@ def next_token_loss(
 ) -> tuple[Array, Parts]:
     """Returns the mean loss a counted token in nats, and its parts.
 
-    Parts: `loss_sum`, what is minimised, `nll_sum`, the likelihood alone, and `aux_sum`, what
-    mixtures of experts add, over counted tokens, and `num_tokens`, so that micro-batches, devices
-    and evaluation can be averaged over tokens, not over means.
+    Parts: `loss_sum`, what is minimised, `nll_sum`, the likelihood alone, `aux_sum`, what mixtures
+    of experts add, `num_correct`, all over counted tokens, and `num_tokens`, so that micro-batches,
+    devices and evaluation can be averaged over tokens, not over means.
     """
     return Stages(cfg, loss, remat, par).whole(params, batch)
 

@@ -168,7 +168,7 @@ class _Run:
         """Returns the parts that this device counts and the gradients of its working copy."""
         blank = self._blank()
         kept = jnp.zeros((self.schedule.num_kept, *blank.shape), blank.dtype)
-        parts, grads = self._zero_parts(), self._zero_grads()
+        parts, grads = self.stages.zero_parts(), self._zero_grads()
 
         def step(carry, t: Array):
             kept, grads, parts, arrived, returned = carry
@@ -182,7 +182,7 @@ class _Run:
 
     def evaluate(self) -> Parts:
         """Returns the parts that this device counts, forwards only."""
-        blank, zeros = self._blank(), self._zero_parts()
+        blank, zeros = self._blank(), self.stages.zero_parts()
 
         def step(carry, t: Array):
             parts, arrived = carry
@@ -242,13 +242,13 @@ class _Run:
     def _middle(self, ends: Params, returned: Array) -> tuple[Parts, Params, Array]:
         """What `_finish` returns, on other parts than the last: the next stage's gradient."""
         g_ends = jax.tree.map(jnp.zeros_like, self._used_ends(ends))
-        return self._zero_parts(), g_ends, returned
+        return self.stages.zero_parts(), g_ends, returned
 
     def _finish(self, ends: Params, y: Array, batch: Batch) -> tuple[Parts, Params, Array]:
         """Returns parts of the loss, gradients of the ends, and that of the last states."""
 
         def loss(used: Params, y: Array) -> tuple[Array, Parts]:
-            parts = add_parts(self._zero_parts(), self.stages.finish(used, y, batch))
+            parts = add_parts(self.stages.zero_parts(), self.stages.finish(used, y, batch))
             return parts["loss_sum"], parts
 
         (g_ends, gy), parts = jax.grad(loss, (0, 1), has_aux=True)(self._used_ends(ends), y)
@@ -326,11 +326,6 @@ class _Run:
     def _blank(self) -> Array:
         shape = jax.eval_shape(lambda: self.stages.embed(self.work, self._micro(0)))
         return jnp.zeros(shape.shape, shape.dtype)
-
-    def _zero_parts(self) -> Parts:
-        wide_dtype = wide(self.stages.model.dtype)
-        names = ("loss_sum", "nll_sum", "aux_sum", "num_tokens")
-        return {name: jnp.zeros((), wide_dtype) for name in names}
 
     def _zero_grads(self) -> Params:
         zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))  # noqa: E731

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from internjax.collectives import ALONE, Parallel, parallel_of
@@ -110,6 +111,13 @@ class Placement:
 
         return {**params, "layers": jax.tree.map(join, params["layers"])}
 
+    def whole(self, params: Params) -> Params:
+        """Returns laid-out parameters as every process can read them, layers joined."""
+        params = self.joined(params)
+        if jax.process_count() == 1:
+            return params
+        return multihost_utils.process_allgather(params, tiled=True)
+
     def gradients(self, stages: Stages, **options: Any) -> Gradients:
         """Makes the gradients of a model's loss; options as in `make_gradients`."""
         layout = self.layout(stages.model)
@@ -132,7 +140,7 @@ class Placement:
         place = NamedSharding(self.mesh, self.rows_spec)
 
         def put(rows: Any) -> jax.Array:
-            rows = np.asarray(rows)[:, order]
+            rows = np.ascontiguousarray(np.asarray(rows)[:, order])
             return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
 
         return jax.tree.map(put, batch)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from internjax.train.scale import ScaleConfig, init_scale
 from internjax.tree import Leaf, Params
 
 
@@ -25,8 +26,10 @@ class TrainState:
     scale: Leaf = None
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, tx: optax.GradientTransformation, scaling: ScaleConfig | None = None
+) -> TrainState:
     """Starts a run at step 0; on a mesh the optimizer state lies where its parameters lie."""
     start = jax.jit(lambda params: (jnp.zeros((), jnp.int32), tx.init(params)))
     step, opt_state = start(params)
-    return TrainState(step, params, opt_state)
+    return TrainState(step, params, opt_state, scaling and init_scale(scaling))
