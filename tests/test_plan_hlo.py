@@ -151,6 +151,8 @@ def test_instructions_with_odd_types():
     assert (read_line.name, read_line.opcode) == ("t.1", "custom-call")
     assert read_line.operands == ("a", "b")
     assert type_bytes(read_line.type) == 2 * 6 + 4 + 4
+    line = "%s = (f32[2], /*index=1*/f32[2]) reduce-scatter(%a.1, /*index=1*/%b.2), dimensions={0}"
+    assert parse_instruction(line).operands == ("a.1", "b.2")
     assert parse_instruction("// nothing") is None
     assert shapes("token[]") == []
     assert source_target_pairs("source_target_pairs={{0,1},{1,0}}").tolist() == [[0, 1], [1, 0]]

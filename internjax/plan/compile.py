@@ -132,7 +132,7 @@ def _has_plugin() -> bool:
 
 
 def ask(
-    module: str, requests: Sequence[Mapping[str, Any]], *, python: Path, threads: int = 0
+    module: str, requests: Sequence[Mapping[str, Any]], *, python: Path
 ) -> Iterator[dict[str, Any]]:
     """Runs `python -m module` and yields one answer a request, in order, as they come.
 
@@ -143,7 +143,7 @@ def ask(
     while left:
         answered = 0
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            with _started(module, python, errors, threads) as process:
+            with _started(module, python, errors) as process:
                 try:
                     _send(process, left)
                     for line in process.stdout:
@@ -158,9 +158,9 @@ def ask(
         left = left[answered:]
 
 
-def _started(module: str, python: Path, errors: Any, threads: int) -> subprocess.Popen:
+def _started(module: str, python: Path, errors: Any) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    command, env = [str(python), "-m", module], _environment(threads)
+    command, env = [str(python), "-m", module], _environment()
     return subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8", env=env
     )
@@ -174,13 +174,10 @@ def _send(process: subprocess.Popen, requests: Sequence[Mapping[str, Any]]) -> N
         pass  # it has died: what it wrote to stderr says why
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """The child's: CPU platform (the CUDA one looks for a driver), no flags of this process."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    if threads:
-        env["XLA_FLAGS"] = f"--xla_gpu_force_compilation_parallelism={threads}"
-    return env
+    return env | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def _last_words(errors: str) -> str:

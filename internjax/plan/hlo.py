@@ -181,11 +181,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NAME = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = ")
-_OPERAND = re.compile(r"%?([\w.\-]+)\s*(?:,|$)")
+_COMMENT = re.compile(r"/\*.*?\*/")
 
 
 def parse_instruction(line: str) -> Instruction | None:
     """Reads `name = type opcode(operands), attributes`; None for anything else."""
+    line = _COMMENT.sub("", line)  # XLA counts long lists of operands: /*index=5*/
     found = _NAME.match(line)
     if not found:
         return None

@@ -12,7 +12,7 @@ from internjax.errors import UserError
 from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.plan.estimate import Machine, timeline
-from internjax.plan.hlo import Collective, Compute, Loop, Program, Step, Wait
+from internjax.plan.hlo import Collective, Compute, Loop, Program, Step
 from internjax.plan.memory import Work, layer_bytes, memory_bytes, micro_rows
 
 HEADROOM = 0.92  # of the memory: the rest is for CUDA, NCCL and the allocator's gaps
@@ -109,11 +109,11 @@ def sketch(cfg: ModelConfig, mesh: MeshConfig, work: Work, per_node: int) -> Pro
     sizes = mesh.sizes
     travel = 2 if work.reduce_dtype == "float32" else 1  # times the bf16 weights
 
-    def along(kind: str, axis: str, payload: float, key: str = "") -> list[Step]:
+    def along(kind: str, axis: str, payload: float) -> list[Step]:
         size = sizes[axis]
         stride = {"tensor": 1, "fsdp": mesh.tensor, "data": mesh.tensor * sizes["fsdp"]}[axis]
         inside = max(1, min(size, per_node // stride))
-        return [Collective(kind, axis, size, inside, payload, key)] if size > 1 else []
+        return [Collective(kind, axis, size, inside, payload)] if size > 1 else []
 
     # One layer of one micro-batch: forward, backward (twice the work) and its recomputation.
     again = 4 if mesh.pipe > 1 else 3 + work.remat
@@ -121,13 +121,14 @@ def sketch(cfg: ModelConfig, mesh: MeshConfig, work: Work, per_node: int) -> Pro
     flops = _layer_flops(cfg, mesh, tokens, work.length) * again
     moved = 2 * again * layer_bytes(cfg, tokens, mesh.tensor, c)
     layer: list[Step] = []
-    if mesh.zero == 3:
-        layer += along("all-gather", "fsdp", (2 + (work.remat > 0)) * weights / layers, "w")
-        layer += along("reduce-scatter", "fsdp", travel * weights / layers, "g")
+    if mesh.zero == 3:  # gathered when they are needed: compiled schedules hide little of it
+        for _ in range(2 + (work.remat > 0)):
+            layer += along("all-gather", "fsdp", weights / layers)
+        layer += along("reduce-scatter", "fsdp", travel * weights / layers)
     for _ in range(2):
         layer += along("all-gather", "tensor", again * block)
         layer += along("reduce-scatter", "tensor", again * block)
-    layer += [Compute(flops, moved, ((flops, moved),)), Wait("w"), Wait("g")]
+    layer.append(Compute(flops, moved, ((flops, moved),)))
 
     head = 6 * tokens * cfg.d_model * cfg.vocab_size / mesh.tensor * 4 / 3
     steps: list[Step] = [
