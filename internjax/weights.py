@@ -5,6 +5,8 @@ adapter or is quantized is decided here and nowhere else, so the model has no br
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from flax import struct
@@ -13,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from internjax.collectives import Parallel
+from internjax.kernels.fp8 import fp8_matmul
 from internjax.tree import Leaf
 
 GATHERED = "gathered"  # name of weights that ZeRO 3 gathered
@@ -53,7 +56,14 @@ class QuantWeight:
     out_shape: tuple[int, ...] = struct.field(pytree_node=False)
 
 
-type Weight = Array | LoraWeight | QuantWeight
+@struct.dataclass
+class Fp8Weight:
+    """A plain weight whose products are made in 8-bit floating point (`kernels/fp8.py`)."""
+
+    base: Leaf
+
+
+type Weight = Array | LoraWeight | QuantWeight | Fp8Weight
 
 
 def dequantize(w: QuantWeight, dtype) -> Array:
@@ -72,7 +82,7 @@ def plain(w: Weight, dtype) -> Array:
         return dequantize(w, dtype)
     if isinstance(w, LoraWeight):
         return plain(w.base, dtype) + lora_delta(w, dtype)
-    return w.astype(dtype)
+    return (w.base if isinstance(w, Fp8Weight) else w).astype(dtype)
 
 
 def lora_delta(w: LoraWeight, dtype) -> Array:
@@ -110,10 +120,11 @@ def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
         low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
         delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
         return einsum(spec, x, w.base, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
-    return _contract(spec, x, plain(w, x.dtype), **kwargs)
+    matmul = fp8_matmul if isinstance(w, Fp8Weight) else partial(jnp.matmul, **kwargs)
+    return _contract(spec, x, plain(w, x.dtype), matmul)
 
 
-def _contract(spec: str, x: Array, w: Array, **kwargs) -> Array:
+def _contract(spec: str, x: Array, w: Array, matmul: Callable[[Array, Array], Array]) -> Array:
     """Multiplies as one plain matrix product.
 
     XLA's CPU backend takes nearly twice the time for the backward pass of a feed-forward block with
@@ -125,7 +136,7 @@ def _contract(spec: str, x: Array, w: Array, **kwargs) -> Array:
         raise ValueError(f"einsum {spec!r}: the input dims come last in x and first in w.")
     lead, out = x.shape[: x.ndim - num_in], w.shape[num_in:]
     rows = x.reshape(math.prod(lead), -1)
-    return jnp.matmul(rows, w.reshape(rows.shape[1], -1), **kwargs).reshape(*lead, *out)
+    return matmul(rows, w.reshape(rows.shape[1], -1)).reshape(*lead, *out)
 
 
 def _split(spec: str) -> tuple[str, str, str]:
@@ -142,6 +153,8 @@ def gather(w: Weight, dim: int, par: Parallel) -> Weight:
     """
     if par.fsdp is None:
         return w
+    if isinstance(w, Fp8Weight):
+        return Fp8Weight(gather(w.base, dim, par))
     if not isinstance(w, Array):
         raise TypeError(f"ZeRO stage 3 gathers plain arrays, not {type(w).__name__}.")
     return checkpoint_name(lax.all_gather(w, par.fsdp, axis=dim, tiled=True), GATHERED)

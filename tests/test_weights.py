@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from internjax.adapt.quantize import quantize_array
-from internjax.weights import LoraWeight, QuantWeight, dequantize, einsum, num_weights, plain, take
+from internjax.weights import (
+    Fp8Weight,
+    LoraWeight,
+    QuantWeight,
+    dequantize,
+    einsum,
+    num_weights,
+    plain,
+    take,
+)
 
 D, N, H, R = 8, 4, 6, 3
 SPECS = {  # spec -> shape of x, input and output dims of the weight
@@ -73,3 +82,17 @@ def test_rows_are_looked_up_in_the_asked_dtype():
     got = take(table, ids, jnp.float32)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got[0, 0], table[6].astype(jnp.float32))
+
+
+def test_fp8_products_are_within_their_rounding_and_train():
+    x, w, g = (
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate(((64, 32), (32, 48), (64, 48)))
+    )
+    exact, pull = jax.vjp(lambda x, w: x @ w, x, w)
+    got, pull8 = jax.vjp(lambda x, w: einsum("TD,DF->TF", x, Fp8Weight(w)), x, w)
+    # e4m3 keeps 3 bits after the point, e5m2 keeps 2: they round by 2^-4 and 2^-3 at most.
+    assert np.linalg.norm(got - exact) < 2**-4 * np.linalg.norm(exact)
+    for a, b in zip(pull8(g), pull(g), strict=True):
+        assert 0 < np.linalg.norm(a - b) < 2**-3 * np.linalg.norm(b)
+    assert np.all(np.asarray(einsum("TD,DF->TF", jnp.zeros_like(x), Fp8Weight(w))) == 0)

@@ -45,7 +45,7 @@ class PretrainConfig:
         gradients are added; seed: of the order.
       packing, weights: see `MixtureConfig`; rampup, skip_batches: see `BatchPlan`.
       dtype: of the computation, beside master weights as they are; "" the model's own. float16
-        scales its loss by `scaling`.
+        scales its loss by `scaling`. matmul: "fp8" for products of 8 bits.
       reduce_dtype: in which gradients travel between devices; "" as they are accumulated.
       loss, remat, optim, run: see `LossConfig`, `Remat`, `OptimConfig` and `RunConfig`.
     """
@@ -58,6 +58,7 @@ class PretrainConfig:
     rampup: str = ""
     skip_batches: str = ""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    matmul: Literal["", "fp8"] = ""
     reduce_dtype: Literal["", "float32", "bfloat16"] = ""
     seed: int = 0
     scaling: ScaleConfig = ScaleConfig()
@@ -159,7 +160,7 @@ def make_program(
     if cfg.dtype:
         model = dataclasses.replace(model, dtype=cfg.dtype)
     return place.gradients(
-        Stages(model, cfg.loss, cfg.remat, place.par, num_sources),
+        Stages(model, cfg.loss, cfg.remat, place.par, num_sources, cfg.matmul),
         micro_batches=cfg.micro_batches,
         dtype=cfg.dtype or None,
         reduce_dtype=cfg.reduce_dtype or None,

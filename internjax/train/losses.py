@@ -1,7 +1,7 @@
 """What training minimises: the mean negative log-likelihood of the tokens that count."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from internjax.models.decoder import embed, run_layers, unembed
 from internjax.models.layers import rms_norm
 from internjax.models.remat import Remat
 from internjax.tree import Params, wide
+from internjax.weights import Fp8Weight
 
 type Parts = dict[str, Array]
 
@@ -34,6 +35,7 @@ class LossConfig:
     chunk: int = 128
 
 
+PROJECTIONS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 SOURCE_PARTS = {
     "nll_sum": "source_loss_sum",
     "num_correct": "source_correct",
@@ -47,6 +49,8 @@ class Stages:
 
     Fields:
       model: the decoder; loss, remat, par: as in `next_token_loss`.
+      matmul: "fp8" makes the layers' products of attention and dense blocks in 8 bits; "" in the
+        model's dtype.
       num_sources: of a mixture, whose parts are told apart; 0: of no interest.
     """
 
@@ -55,6 +59,7 @@ class Stages:
     remat: Remat = Remat()
     par: Parallel = ALONE
     num_sources: int = 0
+    matmul: Literal["", "fp8"] = ""
 
     def embed(self, params: Params, batch: Batch) -> Array:
         """Tokens to states `[B, S, D]`."""
@@ -62,6 +67,9 @@ class Stages:
 
     def run(self, layers: Params, x: Array, batch: Batch) -> tuple[Array, Parts]:
         """Some layers; the parts hold what they add to the loss themselves."""
+        if self.matmul == "fp8":
+            marked = {name: Fp8Weight(layers[name]) for name in PROJECTIONS if name in layers}
+            layers = {**layers, **marked}
         x, aux = run_layers(
             layers,
             x,
