@@ -77,6 +77,7 @@ def test_search_keeps_what_fits_and_ranks_it():
     ranked = candidates(CFG, 64, H100, Work(1024, 4096))
     assert [c.seconds for c in ranked] == sorted(c.seconds for c in ranked)
     assert all(c.peak_bytes <= H100.gpu.hbm_bytes * HEADROOM for c in ranked)
+    assert {c.mesh.zero for c in ranked} == {0, 1, 3} and len(set(ranked)) == len(ranked)
     for c in ranked:
         assert c.mesh.data * c.mesh.tensor * c.mesh.pipe == 64
         assert c.work.batch_size % (c.mesh.data * c.work.micro_batches) == 0

@@ -220,7 +220,9 @@ def best_that_fits(
 ) -> tuple[Plan, Program, PlanConfig]:
     """Compiles the first candidates of `search`; returns the fastest of those that fit."""
     constants = replace(Constants(), overlap=overlap)
-    cfg = PlanConfig(arch=config(arch), gpu="h100", gpus=gpus, batch_size=rows, constants=constants)
+    cfg = PlanConfig(
+        arch=config(arch), gpu="h100", gpus=gpus, batch_size=rows, constants=constants, best=2
+    )
     ranked = candidates(cfg.arch, gpus, cfg.machine, cfg.work)[: cfg.best]
     found = []
     requests = [request(cfg, c.mesh, c.work) for c in ranked]

@@ -70,11 +70,11 @@ def meshes(cfg: ModelConfig, gpus: int, per_node: int, work: Work) -> Iterator[M
             data = gpus // (tensor * pipe)
             if work.batch_size % data:
                 continue
-            mesh = MeshConfig(data=data, tensor=tensor, pipe=pipe)
+            mesh = MeshConfig(data=data, tensor=tensor, pipe=pipe, zero=0)
             yield mesh
             for stage in (1, 3) if data > 1 else ():
                 node = max(2, per_node // tensor)
-                for group in {data, node} if data > node and data % node == 0 else {data}:
+                for group in (0, node) if data > node and data % node == 0 else (0,):
                     yield replace(mesh, zero=stage, zero_group=group)
 
 
