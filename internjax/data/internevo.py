@@ -103,7 +103,7 @@ def read_bin(path: Path) -> Iterator[Int64[np.ndarray, "T"]]:
             )
 
 
-def write_bin(path: Path, rows: Iterable[Int64[np.ndarray, "T"]]) -> int:
+def write_bin(path: Path, rows: Iterable[np.ndarray]) -> int:
     """Writes one .bin file and its .meta; returns the number of documents."""
     meta, offset = [], 0
     with write_whole(path, "wb") as file:
