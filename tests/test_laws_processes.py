@@ -1,0 +1,54 @@
+"""Law: several processes train what one trains, and go on where another number of them stopped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = 4
+
+
+def train(folder: Path, processes: int, steps: int = 3) -> tuple[dict, dict]:
+    """Runs the program and returns its metrics and parameters."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    folder.mkdir(exist_ok=True)
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.processes", str(folder), str(steps)],
+            env=env | (many | {"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(said)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics, dict(np.load(folder / "params.npz"))
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_what_one_trains(tmp_path: Path, processes: int):
+    metrics, params = train(tmp_path / "one", 1)
+    got, many = train(tmp_path / "many", processes)
+    # float64: only the order in which sums travel differs.
+    np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-12)
+    key = "heldout_bits_per_byte_after"
+    assert got[key] == pytest.approx(metrics[key], rel=1e-12)
+    for path, want in params.items():
+        assert np.linalg.norm(many[path] - want) <= 1e-11 * np.linalg.norm(want), path
