@@ -66,7 +66,10 @@ def tiny_chain(tmp_path) -> ChainConfig:
         samples=8,
         runs=str(tmp_path / "runs"),
         pretrain=PretrainConfig(
-            batch_size=2, length=64, run=RunConfig(steps=8, progress=False), optim=OptimConfig(lr=3e-3)
+            batch_size=2,
+            length=64,
+            run=RunConfig(steps=8, progress=False),
+            optim=OptimConfig(lr=3e-3),
         ),
         tuning=TuneConfig(batch_size=2, length=1024, run=small),
         scores=ScoreConfig(

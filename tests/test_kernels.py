@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.kernels.attention import attention, causal_attention, causal_mask
+from internjax.kernels.attention import (
+    _looped,
+    _looped_backward,
+    attention,
+    causal_attention,
+    causal_mask,
+)
 from internjax.kernels.cross_entropy import chunked_cross_entropy
 
 
@@ -98,6 +104,18 @@ def test_blockwise_attention_is_attention_with_its_derivatives(T: int, packed: b
     plain = lambda q, k, v: attention(q, k, v, mask)  # noqa: E731
     np.testing.assert_allclose(block(q, k, v), plain(q, k, v), rtol=0, atol=1e-12)
     for got, want in zip(run(block, q, k, v), run(plain, q, k, v), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_the_looped_form_for_other_platforms_is_the_same():
+    B, T, N, K, H = 1, 512, 4, 2, 4  # two turns of the loop
+    q, k, v, g = (drawn(i, B, T, heads, H) for i, heads in enumerate((N, K, K, N)))
+    segments = jnp.sort(jax.random.randint(jax.random.key(9), (B, T), 0, 4, jnp.int32), axis=1)
+    out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, segments), q, k, v)
+    np.testing.assert_allclose(_looped(q, k, v, segments), out, rtol=0, atol=1e-12)
+    zeros = jnp.zeros(q.shape[:3])
+    looped = _looped_backward(q, k, v, segments, out, zeros, g)
+    for got, want in zip(looped, pull(g), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
