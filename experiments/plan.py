@@ -152,12 +152,8 @@ def search_row(candidate: Candidate, plan: Plan | str) -> list[Any]:
 def run_tune(cfg: PlanConfig, console: Console) -> None:
     """Compiles QLoRA for each rank and optimizer on one GPU and shows its memory."""
     pairs = [(rank, name) for rank in cfg.ranks for name in cfg.optimizers]
-    requests = [
-        request(cfg, MeshConfig(), replace(cfg.work, optimizer=name)) | {"rank": rank, "gpus": 1}
-        for rank, name in pairs
-    ]
     rows = []
-    for (rank, name), answer in zip(pairs, answers(cfg, requests), strict=True):
+    for (rank, name), answer in zip(pairs, answers(cfg, tune_requests(cfg, pairs)), strict=True):
         if "error" in answer:
             raise UserError(f"rank={rank} {name}: the compiler failed: {answer['error']}")
         held = {k: round(v / GIB, 2) for k, v in answer["arguments"].items()}
@@ -168,6 +164,16 @@ def run_tune(cfg: PlanConfig, console: Console) -> None:
     console.print(f"QLoRA on {cfg.arch.name}, a row of {cfg.length:,} tokens, {cfg.gpu}; GiB:")
     names = (*answer["arguments"], "temporaries", "peak", "fits")
     console.print(table(("rank", "optimizer", *names), rows))
+
+
+def tune_requests(cfg: PlanConfig, pairs: Sequence[tuple[int, str]]) -> list[dict]:
+    """What the compiling process is asked for each (rank, optimizer): one row at a time."""
+    rows = cfg.batch_size or 1
+    work = replace(cfg.work, batch_size=rows, micro_batches=cfg.micro_batches or rows)
+    return [
+        request(cfg, MeshConfig(), replace(work, optimizer=name)) | {"rank": rank, "gpus": 1}
+        for rank, name in pairs
+    ]
 
 
 def case(cfg: PlanConfig) -> tuple[MeshConfig, Work]:

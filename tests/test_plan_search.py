@@ -129,3 +129,17 @@ def test_a_program_at_another_size_is_the_one_that_is_drawn_there():
     drawn = draw(large)
     assert moved.collectives() == drawn.collectives()
     assert link_bytes(moved) == link_bytes(drawn) != link_bytes(draw(small))
+
+
+def test_a_tuning_plan_goes_row_by_row_unless_told_otherwise():
+    from internjax.experiments.plan import PlanConfig, tune_requests
+
+    cfg = PlanConfig(action="tune", arch=config("internlm2-7b"), length=2048, batch_size=2)
+    for given, parts in (
+        (cfg, 2),
+        (replace(cfg, micro_batches=1), 1),
+        (replace(cfg, batch_size=0), 1),
+    ):
+        (asked,) = tune_requests(given, [(16, "adamw")])
+        assert asked["rank"] == 16 and asked["gpus"] == 1
+        assert asked["work"]["micro_batches"] == parts
