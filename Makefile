@@ -50,7 +50,7 @@ lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
 	@$(COMPILE) --extra aot -c requirements/core.txt -o requirements/plan.txt
 	@$(COMPILE) $(QUICK) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
 
-plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.3 GB)
+plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.5 GB)
 
 plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails where memory or traffic moved by 2%
 	@echo "== Golden plans"

@@ -22,13 +22,14 @@ from internjax.data.store import is_address
 from internjax.errors import UserError
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build, part
+from internjax.lineage import is_whole
 from internjax.mesh import MeshConfig
 from internjax.models.config import ModelConfig
 from internjax.models.convert import model_path
 from internjax.models.init import InitConfig
 from internjax.models.load import Model, load, random_model, resolve
 from internjax.models.native import save_native
-from internjax.train.launch import detect, is_worker, joined, supervise
+from internjax.train.launch import detect, first_says, is_worker, joined, supervise
 from internjax.train.mup import rescale_start
 
 
@@ -64,10 +65,10 @@ def main(raw: DictConfig) -> None:
     if info is not None and not is_worker():
         sys.exit(supervise(sys.orig_argv, restarts=cfg.restarts))
     with joined(info):
-        run(cfg)
+        produce_model(cfg)
 
 
-def run(cfg: PretrainRun) -> None:
+def produce_model(cfg: PretrainRun) -> None:
     """Makes the artefact; in a run of several processes the first one writes it."""
     enable_compilation_cache()
     start = model_path(resolve(cfg.tokenizer if cfg.arch else cfg.model))
@@ -92,18 +93,20 @@ def run(cfg: PretrainRun) -> None:
         return metrics
 
     config = {"settings": settings_of(settings), "arch": cfg.arch, "init": cfg.init}
-    inputs = {"tokenizer" if cfg.arch else "model": start} | local_inputs(train, heldout)
+    inputs = {"tokenizer" if cfg.arch else "model": start}
+    if is_address(cfg.shards):  # nothing here to hash: the address itself stands for the shards
+        config["shards"] = cfg.shards
+    else:
+        inputs |= {"train": Path(train), "heldout": Path(heldout)}
+    key, scratch = scratch_of(cfg.runs, "pretrain", config=config, inputs=inputs)
+    there = first_says(is_whole(Path(cfg.out) if cfg.out else Path(cfg.runs) / "store" / key))
     if jax.process_index():
-        trained(scratch_of(cfg.runs, "pretrain", config=config, inputs=inputs)[1])
+        if not there:
+            trained(scratch)
         return
     done = produce_at(cfg.out, cfg.runs, "pretrain", config=config, inputs=inputs, make=make)
     before, after = (done.metrics[f"heldout_bits_per_byte_{when}"] for when in ("before", "after"))
     print(f"{done.path}: held-out bits per byte {before:.4f} -> {after:.4f}")
-
-
-def local_inputs(train: str, heldout: str) -> dict[str, Path]:
-    """The shards as declared sources; those at an address are named in the config only."""
-    return {} if is_address(train) else {"train": Path(train), "heldout": Path(heldout)}
 
 
 if __name__ == "__main__":  # the same program as `internjax pretrain`

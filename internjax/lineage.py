@@ -158,6 +158,11 @@ def load_artefact(path: Path, *, verify: bool = False) -> Artefact:
     return artefact
 
 
+def is_whole(path: Path) -> bool:
+    """Tells whether `produce` would find a whole artefact in this folder."""
+    return _find(Path(path), verify=False) is not None
+
+
 def verify_chain(cards: Iterable[Mapping[str, Any]]) -> None:
     """Checks that every card's inputs are outputs of earlier cards or declared sources.
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from internjax.errors import UserError
 from internjax.train.watch import EXIT_AGAIN
@@ -242,6 +244,11 @@ def supervise(command: Sequence[str], *, restarts: int = 0) -> int:
         print(f"internjax: {why}: {then}.", file=sys.stderr, flush=True)
         time.sleep(0 if last else PAUSE_SECONDS)
     return EXIT_AGAIN
+
+
+def first_says(value: bool) -> bool:
+    """What process 0 found, told to every process: what each sees on its own disk may differ."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def is_worker() -> bool:
