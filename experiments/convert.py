@@ -29,6 +29,8 @@ class ConvertConfig:
     quant: str = ""
     family: str = ""
     shard_bytes: int = SHARD_BYTES
+    tokenizer: str = ""
+    step: int | None = None
 
 
 @hydra.main(config_path="../configs", config_name="convert", version_base=None)
@@ -39,13 +41,15 @@ def main(raw: DictConfig) -> None:
         raise UserError("convert needs SRC and DST: internjax convert model.gguf model-folder")
     start = monotonic()
     model = convert(
-        resolve(cfg.src),
+        cfg.src if "://" in cfg.src else resolve(cfg.src),
         cfg.dst,
         to=cfg.to,
         dtype=cfg.dtype,
         quant=cfg.quant,
         family=cfg.family,
         shard_bytes=cfg.shard_bytes,
+        tokenizer=resolve(cfg.tokenizer) if cfg.tokenizer else None,
+        step=cfg.step,
     )
     dst = Path(cfg.dst)
     files = [dst] if dst.is_file() else [p for p in dst.iterdir() if p.is_file()]

@@ -89,6 +89,8 @@ def produce_model(cfg: PretrainRun) -> None:
         model, metrics = trained(scratch)
         save_native(folder / "model", model.cfg, model.params, model.tokenizer)
         shutil.copyfile(scratch / "steps.jsonl", folder / "steps.jsonl")
+        if cfg.run.keep_every and not cfg.run.checkpoints:  # for good: the scratch space goes
+            shutil.copytree(scratch / "checkpoints", folder / "checkpoints")
         write_training_page(folder / "report.html", f"Pretraining of {model.cfg.name}", metrics)
         return metrics
 

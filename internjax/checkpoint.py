@@ -38,16 +38,21 @@ class Checkpoints:
       folder: a path, or an address that Orbax and TensorStore know (gs://..., s3://...), which
         is handed to them as it is.
       keep: newest ones kept; keep_every: steps divisible by it are kept for good (0: none).
+      read_only: touch nothing, so that a run that is still writing is not disturbed.
     """
 
-    def __init__(self, folder: Path | str, *, keep: int = 2, keep_every: int = 0):
+    def __init__(
+        self, folder: Path | str, *, keep: int = 2, keep_every: int = 0, read_only: bool = False
+    ):
         self._local = "://" not in str(folder)
         self.folder = Path(folder).absolute() if self._local else str(folder)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            create=True,
-            cleanup_tmp_directories=True,
+            max_to_keep=None if read_only else keep,
+            keep_period=None if read_only else keep_every or None,
+            save_interval_steps=0 if read_only else 1,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._note_sizes),
         )
         with self._told():
@@ -79,6 +84,10 @@ class Checkpoints:
         )
         with self._told():
             self._manager.save(step, args=args)
+
+    def steps(self) -> list[int]:
+        """Returns the whole steps there are, the oldest first."""
+        return sorted(self._manager.all_steps())
 
     def writing(self) -> bool:
         """Whether a save goes on in the background."""
@@ -117,20 +126,22 @@ class Checkpoints:
             args = ocp.args.Composite(notes=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)["notes"]
 
-    def restore_part(self, name: str, like: Any, *, step: int | None = None) -> tuple[int, Any]:
+    def restore_part(self, name: str, like: Any, *, step: int) -> Any:
         """Reads one top field of the saved tree (`params`, to export a model) and nothing else."""
-        step = self.latest() if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            raise Missing(f"{self.folder}: no whole checkpoint{f' of step {step}' * bool(step)}.")
         self._check_sizes(step)
-        return step, self._read(step, {name: like}, partial=True)[name]
+        return self._read(step, {name: like}, partial=True)[name]
 
-    def _read(self, step: int, like: Any, *, partial: bool = False) -> Any:
+    def stored(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shape and dtype of every leaf of a saved tree by its path."""
         with self._damage_told(step):
             handler = ocp.StandardCheckpointer()
-            stored = handler.metadata(self._manager.directory / str(step) / "tree").item_metadata
+            tree = handler.metadata(self._manager.directory / str(step) / "tree").item_metadata
             handler.close()
-        shapes = {path: tuple(leaf.shape) for path, leaf in _flat(stored)}
+        leaves = _flat(tree)
+        return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
+
+    def _read(self, step: int, like: Any, *, partial: bool = False) -> Any:
+        shapes = {path: leaf.shape for path, leaf in self.stored(step).items()}
         want = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check_tree(step, shapes, want, partial=partial)
         saved = jax.tree_util.tree_map_with_path(

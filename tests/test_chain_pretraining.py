@@ -221,6 +221,35 @@ def test_the_verb_trains_a_model_and_a_random_one(tmp_path: Path, capsys, monkey
     assert load("new/model").cfg.name == "smoke-5m"
 
 
+def test_any_checkpoint_becomes_a_model_of_any_format(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("INTERNJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus")
+    cfg = replace(TINY, vocab_size=VOCAB, num_layers=4)
+    save_native("model", cfg, init_params(cfg, jax.random.key(0)), byte_tokenizer())
+    kept = ["run.save_every=1", "run.keep_every=2", "run.keep=1"]
+    # Interleaved stages hold the layers cut in two; the model has them in one piece.
+    pipe = ["mesh.pipe=2", "mesh.chunks=2", "micro_batches=2"]
+    assert run(["pretrain", "model", "shards=corpus", "out=out", *SHORT, *kept, *pipe]) == 0
+    convert = ["convert", "out/checkpoints"]
+    assert run([*convert, "last", "tokenizer=model"]) == 0
+    assert run([*convert, "second", "to=native", "step=2", "tokenizer=model"]) == 0
+    last, second, end = load("last"), load("second"), load("out/model")
+    assert Path("last/config.json").is_file()
+    jax.tree.map(np.testing.assert_array_equal, last.params, end.params)
+    assert not np.array_equal(second.params["embed"], end.params["embed"])
+    assert last.tokenizer.encode("a line") == end.tokenizer.encode("a line")
+    capsys.readouterr()
+    for words, complaint in (
+        ([*convert, "no", "step=1"], "no checkpoint of step 1; there are 2, 3."),
+        (["convert", "model", "no", "step=1"], "step= is for a folder of checkpoints"),
+        (["pretrain", "out/checkpoints", "shards=corpus"], "make a model of them first"),
+    ):
+        assert run(words) == 2
+        assert complaint in capsys.readouterr().err
+    assert not Path("no").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

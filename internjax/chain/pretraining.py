@@ -115,7 +115,8 @@ def pretrain(
                 cfg.run,
                 folder,
                 name="pretrain",
-                settings=settings_of(cfg) | {"mixture": mixture.settings()},
+                settings=settings_of(cfg)
+                | {"mixture": mixture.settings(), "model": dataclasses.asdict(model.cfg)},
                 describe=optimizer_facts(cfg.optim, cfg.run.steps),
                 work=work_of(
                     model.cfg,

@@ -1,5 +1,7 @@
 """Any model format into any other: Hugging Face folder, GGUF file, our own folder.
 
+Checkpoints of a pretraining are read as well, to be written as any of them.
+
 `read_model` is what `load` uses; `convert` is `internjax convert SRC DST`.
 """
 
@@ -16,6 +18,7 @@ from internjax.models.gguf_file import open_gguf
 from internjax.models.hf import load_hf, read_hf_config, save_hf
 from internjax.models.native import load_native, read_upstream, save_native
 from internjax.models.safetensors_file import SHARD_BYTES
+from internjax.models.trained import holds_checkpoints, load_trained
 from internjax.tree import Params
 
 FORMATS = ("hf", "gguf", "native")
@@ -24,10 +27,12 @@ _LOADERS = {"hf": load_hf, "gguf": load_gguf, "native": load_native}
 
 
 def detect(path: str | Path) -> str:
-    """Tells a model's format from its content: "hf", "gguf" or "native".
+    """Tells a model's format from its content: "hf", "gguf", "native" or "checkpoints".
 
     Raises: Missing when nothing is there, UserError when it is no model that we read.
     """
+    if holds_checkpoints(path):
+        return "checkpoints"
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return "gguf"
@@ -38,15 +43,20 @@ def detect(path: str | Path) -> str:
     if not path.exists():
         raise Missing(f"{path}: no such file or folder.")
     raise UserError(
-        f"{path}: is no model; legal are a .gguf file, a folder with config.json (Hugging Face)"
-        " or one with model.json (ours)."
+        f"{path}: is no model; legal are a .gguf file, a folder with config.json (Hugging Face),"
+        " one with model.json (ours), or the checkpoints of a pretraining."
     )
 
 
 def read_model(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, Params]:
     """Reads a model of any format into NumPy arrays; `dtype` None keeps what is stored."""
     path = model_path(path)
-    return _LOADERS[detect(path)](path, dtype)
+    if (source := detect(path)) == "checkpoints":
+        raise UserError(
+            f"{path}: checkpoints of a training have no tokenizer: make a model of them first, with"
+            f" internjax convert {path} NEW tokenizer=MODEL."
+        )
+    return _LOADERS[source](path, dtype)
 
 
 def model_path(path: str | Path) -> Path:
@@ -75,6 +85,8 @@ def convert(
     quant: str = "",
     family: str = "",
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: str | Path | None = None,
+    step: int | None = None,
 ) -> ModelConfig:
     """Converts a model; the target appears whole or not at all. Returns the model's config.
 
@@ -85,27 +97,41 @@ def convert(
       family: layout of a Hugging Face folder: "llama" writes any InternLM so that transformers
         reads it without remote code; "" keeps the model's own.
       shard_bytes: upper bound of a safetensors shard.
+      tokenizer: model or folder whose tokenizer goes along; None takes the source's own, which
+        checkpoints of a training have not.
+      step: of a folder of checkpoints; None takes the newest.
 
     Raises: Missing, Corrupt, UserError.
     """
-    src = model_path(src)
+    src = src if "://" in str(src) else model_path(src)
     source = detect(src)
     target = to or target_format(source, dst)
     legal = {"to": (target, FORMATS), "family": (family or FAMILIES[0], FAMILIES)}
     for name, (value, names) in (legal | {"dtype": (dtype or DTYPES[0], DTYPES)}).items():
         if value not in names:
             raise UserError(f"{name}={value!r}; legal are {', '.join(names)}.")
-    model, params = read_model(src, dtype=dtype or None)
+    if source == "checkpoints":
+        model, params = load_trained(src, dtype or None, step=step)
+    elif step is not None:
+        raise UserError(f"{src}: has no steps: step= is for a folder of checkpoints.")
+    else:
+        model, params = read_model(src, dtype=dtype or None)
+    words, kind = (src, source) if tokenizer is None else _spoken(tokenizer)
     if family:
         model = dataclasses.replace(model, family=family)
     if target == "gguf":
-        _to_gguf(src, source, dst, model, params, quant)
+        _to_gguf(words, kind, dst, model, params, quant)
     else:
         save = {"hf": save_hf, "native": save_native}[target]
-        tokenizer = _tokenizer(src, source)
         upstream = _upstream(src, source)
-        save(dst, model, params, tokenizer, shard_bytes=shard_bytes, upstream=upstream)
+        files = _tokenizer(words, kind)
+        save(dst, model, params, files, shard_bytes=shard_bytes, upstream=upstream)
     return model
+
+
+def _spoken(tokenizer: str | Path) -> tuple[Path, str]:
+    path = model_path(tokenizer)
+    return path, "gguf" if path.suffix == ".gguf" else "folder"
 
 
 def _to_gguf(src, source, dst, model: ModelConfig, params: Params, quant: str) -> None:
@@ -122,6 +148,8 @@ def _to_gguf(src, source, dst, model: ModelConfig, params: Params, quant: str) -
 
 
 def _tokenizer(src: Path, source: str) -> Any:
+    if source == "checkpoints":
+        return None
     if source != "gguf":
         return src
     has_tokenizer = "tokenizer.ggml.model" in open_gguf(src).metadata
@@ -129,4 +157,5 @@ def _tokenizer(src: Path, source: str) -> Any:
 
 
 def _upstream(src: Path, source: str) -> dict[str, Any]:
-    return {"hf": read_hf_config, "native": read_upstream, "gguf": lambda _: {}}[source](src)
+    known = {"hf": read_hf_config, "native": read_upstream}
+    return known[source](src) if source in known else {}
