@@ -222,6 +222,15 @@ def test_a_member_larger_than_promised_is_a_bomb_or_corrupt(tmp_path: Path):
     assert reason(tmp_path / "b.epub") in ("bomb", "corrupt")
 
 
+def test_a_member_whose_own_header_names_it_in_no_encoding_is_corrupt(tmp_path: Path):
+    data = bytearray(epub({"OEBPS/text/chapter.xhtml": b"<p>text</p>"}))
+    name = data.index(b"META-INF/container.xml")  # the first is the member's own header
+    data[name - 30 + 7] |= 0x08  # "the name is UTF-8"
+    data[name + 8] = 0x8E
+    (tmp_path / "n.epub").write_bytes(data)
+    assert reason(tmp_path / "n.epub") == "corrupt"
+
+
 @pytest.mark.parametrize("form", ["pdf", "epub"])
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
@@ -287,7 +296,8 @@ def test_memory_and_death_are_reasons_and_the_next_document_is_read(tmp_path: Pa
     try:
         assert child.extract(big).reason == "memory"
         assert child.extract(small).extracted.content == "small\n"
-        os.kill(child.process.pid, 9)
+        child.process.kill()
+        child.process.wait()  # so that what is written next finds nobody
         assert (child.extract(small).reason, child.process) == ("crash", None)
         assert child.extract(small).extracted.content == "small\n"
     finally:

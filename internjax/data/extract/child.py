@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -99,7 +100,8 @@ class Child:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # a path that the dead child never read
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
 

@@ -92,7 +92,14 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
             data = file.read(promised_bytes + 1)
     except KeyError:
         raise ExtractError("corrupt", f"{name} is not in the archive") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # A member's own header may name it in bytes that are no UTF-8: zipfile lets that through.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        UnicodeDecodeError,
+    ) as error:
         raise ExtractError("corrupt", f"{name}: {error}") from None
     if len(data) > promised_bytes:
         raise ExtractError("bomb", f"{name} is larger than its directory entry says")
