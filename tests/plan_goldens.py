@@ -11,9 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from internjax import configs
+from internjax.experiments.config import build
 from internjax.experiments.plan import PlanConfig, answers, plan_of, request
 from internjax.mesh import MeshConfig
-from internjax.models.internlm import config
+from internjax.models.config import ModelConfig
 from internjax.plan.memory import Work
 from internjax.plan.present import mesh_words
 from internjax.plan.record import Plan
@@ -23,7 +27,7 @@ TOLERANCE, SMALL_BYTES = 0.02, 2**20
 CACHE = ".cache/plans"
 M = MeshConfig
 
-SMALL, LARGE = "internlm2-1_8b", "internlm2-7b"
+SMALL, LARGE, EXPERTS = "internlm2-1_8b", "internlm2-7b", "internlm2-moe-8x7b"
 HYBRID = {"zero_group": 8}
 
 # name -> (arch, gpu, mesh, work): every parallel mode alone, then together, then the large.
@@ -37,10 +41,19 @@ CASES: dict[str, tuple[str, str, MeshConfig, Work]] = {
     "tensor": (SMALL, "h100", M(tensor=8), Work(2, 2048, 2)),
     "pipe": (SMALL, "h100", M(pipe=4), Work(8, 2048, 8)),
     "context": (SMALL, "h100", M(context=8), Work(2, 8192, 2)),
+    "expert": (EXPERTS, "b200", M(data=2, expert=8, zero=1), Work(16, 2048)),
+    "nothing recomputed": (LARGE, "a100-80", M(data=8, zero=1), Work(8, 2048, remat=0)),
     "data, tensor, pipe": (SMALL, "a100-40", M(data=2, tensor=2, pipe=2), Work(16, 2048, 8)),
     "zero 3, tensor": (SMALL, "h100", M(data=4, tensor=2, zero=3), Work(8, 2048, 2)),
     "1,024 GPUs": (LARGE, "b200", M(data=1024, zero=1, **HYBRID), Work(1024, 4096)),
 }
+
+
+def arch_of(name: str) -> ModelConfig:
+    """An option of the group arch."""
+    return build(
+        ModelConfig, OmegaConf.load(Path(configs.__file__).parent / "arch" / f"{name}.yaml")
+    )
 
 
 def record(plan: Plan) -> dict:
@@ -78,7 +91,7 @@ def compiled() -> Iterator[Plan | str]:
     """The plans of all cases, or why there is none, as they come from one compiling process."""
     requests, configs = [], []
     for arch, gpu, mesh, work in CASES.values():
-        cfg = PlanConfig(arch=config(arch), gpu=gpu, gpus=mesh.num_devices, cache=CACHE)
+        cfg = PlanConfig(arch=arch_of(arch), gpu=gpu, gpus=mesh.num_devices, cache=CACHE)
         configs.append(cfg)
         requests.append(request(cfg, mesh, work))
     for cfg, (_, _, mesh, work), answer in zip(

@@ -1,5 +1,6 @@
 """Closed-form memory, the sketch of a step, and what search keeps, drops and ranks."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from internjax.plan.memory import Work, memory_bytes, remedies
 from internjax.plan.scaling import at_size, resized, sizes, strong, weak
 from internjax.plan.search import HEADROOM, candidates, sketch
 from internjax.plan.topology import gpu_named
+from tests.plan_goldens import CASES, GOLDENS, arch_of
 
 CFG = replace(config("internlm2-7b"), dtype="bfloat16")
 H100 = Machine(gpu_named("h100"))
@@ -54,7 +56,7 @@ def test_activations_follow_remat_and_the_schedule():
         return memory_bytes(CFG, mesh, Work(64, 2048, 32, remat=remat))["activations"]
 
     alone = MeshConfig(zero=0)
-    assert kept(alone, 0.0) > 20 * kept(alone, 1.0)
+    assert kept(alone, 0.0) > 15 * kept(alone, 1.0)
     row = 2 * 2 * 2048 * 4096  # bytes of the states of a micro-batch of two rows
     assert kept(alone, 1.0) == 32 * row
     # A stage keeps 2 P - 1 inputs under 1F1B (train/pipeline.py), all of them under GPipe.
@@ -64,7 +66,7 @@ def test_activations_follow_remat_and_the_schedule():
 
 
 def test_remedies_save_what_they_say():
-    mesh, work = MeshConfig(data=8, zero=0), Work(32, 2048, micro_batches=1, remat=0.0)
+    mesh, work = MeshConfig(data=8, zero=0), Work(128, 2048, micro_batches=1, remat=0.0)
     found = dict(remedies(CFG, mesh, work))
     assert {"remat=1", "micro_batches=2", "mesh.zero=1", "optimizer=adam8bit"} <= set(found)
     one = sum(memory_bytes(CFG, replace(mesh, zero=1), work).values())
@@ -143,3 +145,11 @@ def test_a_tuning_plan_goes_row_by_row_unless_told_otherwise():
         (asked,) = tune_requests(given, [(16, "adamw")])
         assert asked["rank"] == 16 and asked["gpus"] == 1
         assert asked["work"]["micro_batches"] == parts
+
+
+@pytest.mark.parametrize("name", json.loads(GOLDENS.read_text(encoding="utf-8")))
+def test_the_closed_form_is_within_a_tenth_of_what_the_compiler_says(name: str):
+    arch, _, mesh, work = CASES[name]
+    compiled = json.loads(GOLDENS.read_text(encoding="utf-8"))[name]["peak_bytes"]
+    closed = sum(memory_bytes(arch_of(arch), mesh, work).values())
+    assert closed == pytest.approx(compiled, rel=0.1)

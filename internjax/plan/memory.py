@@ -21,9 +21,6 @@ OPTIMIZER_BYTES = {
     "muon": 4.0,
     "adafactor": 0.05,
 }
-# Bytes a score that XLA's plain attention holds in the layer at work, and in one that is kept;
-# read off compiled plans (12 golden ones lie within 7% of the closed form).
-SCORE_BYTES, KEPT_SCORE_BYTES = 10, 14
 TENSOR_AXES = {"heads", "kv_heads", "ffn", "vocab"}
 
 
@@ -119,16 +116,13 @@ def activation_bytes(cfg: ModelConfig, mesh: MeshConfig, work: Work) -> dict[str
 
     A recomputed layer keeps its input only, `[tokens, D]`, cut over tensor (sequence-parallel
     regions); a kept layer all that its backward pass reads (arXiv:2205.05198, section 4, with
-    grouped queries, SwiGLU) and its T x T scores, which attention holds unless the length is cut.
+    grouped queries, SwiGLU). Attention goes by blocks and holds no T x T scores.
     """
     tokens = micro_rows(work, mesh) * work.length / mesh.context
     layers, c, t = cfg.num_layers / mesh.pipe, work.compute_bytes, mesh.tensor
     boundary = c * tokens * cfg.d_model / t
     kept = layer_bytes(cfg, tokens, t, c)
-    scores = 0.0
-    if mesh.context == 1:
-        scores = micro_rows(work, mesh) * cfg.num_heads / t * work.length**2
-    a_layer = work.remat * boundary + (1 - work.remat) * (kept + KEPT_SCORE_BYTES * scores)
+    a_layer = work.remat * boundary + (1 - work.remat) * kept
     waiting = 0.0
     if mesh.pipe > 1:  # a stage keeps the inputs of micro-batches on their way, recomputes the rest
         parts = work.micro_batches * mesh.chunks
@@ -138,7 +132,7 @@ def activation_bytes(cfg: ModelConfig, mesh: MeshConfig, work: Work) -> dict[str
     logits = 3 * 4 * logits_rows * cfg.vocab_size / t
     return {
         "activations": layers * a_layer + waiting,
-        "workspace": 2 * kept + SCORE_BYTES * scores + logits + 4 * tokens * cfg.d_model,
+        "workspace": 2 * kept + logits + 4 * tokens * cfg.d_model,
     }
 
 
