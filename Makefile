@@ -34,9 +34,12 @@ test: $(STAMPS)/dev ## the test suite (laws, formats, stages); slow laws are in 
 	@echo "== Tests"
 	@$(PY) -m pytest -q -n 2
 
-test-deep: $(STAMPS)/dev ## every test, the slow laws too
-	@echo "== All tests, the slow ones too"
-	@$(PY) -m pytest -q -n 2 -m ""
+test-deep: $(STAMPS)/dev ## the slow laws, and what is bit for bit again as users compile it
+	@echo "== Slow laws"
+	@$(PY) -m pytest -q -n 2 -m slow
+	@echo "== Bit for bit, compiled with all optimizations"
+	@XLA_FLAGS=--xla_backend_optimization_level=3 $(PY) -m pytest -q -n 2 tests/test_serve_engine.py \
+	   tests/test_train_loop.py tests/test_checkpoint.py
 
 lint: $(STAMPS)/dev ## ruff: rules and formatting
 	@echo "== Lint"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -121,7 +122,10 @@ def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
         delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
         return einsum(spec, x, w.base, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
     matmul = fp8_matmul if isinstance(w, Fp8Weight) else partial(jnp.matmul, **kwargs)
-    return _contract(spec, x, plain(w, x.dtype), matmul)
+    product = lambda x, w: _contract(spec, x, plain(w, x.dtype), matmul)  # noqa: E731
+    # Integers are expanded again for the backward pass: a layer's expanded weights, kept from its
+    # forward pass, are the largest temporaries of QLoRA.
+    return jax.checkpoint(product)(x, w) if isinstance(w, QuantWeight) else product(x, w)
 
 
 def _contract(spec: str, x: Array, w: Array, matmul: Callable[[Array, Array], Array]) -> Array:

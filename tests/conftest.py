@@ -2,9 +2,14 @@
 
 import os
 
-# Before jax is imported by anything: these are read once, when its backend starts.
+# Before jax is imported by anything: these are read once, when its backend starts. Compiling is
+# most of what tests do, and a third shorter without LLVM's optimizations (`make test-deep` has
+# them, as users have).
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),  # what is named twice counts as it is named last
+    ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -26,8 +26,12 @@ def together(command: list[str], processes: int, cwd: Path = ROOT) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = (
+        f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "--xla_backend_optimization_level=0",
+    )
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": " ".join(flags),
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
     }
