@@ -6,7 +6,6 @@ adapter or is quantized is decided here and nowhere else, so the model has no br
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 
 from internjax.collectives import Parallel
 from internjax.kernels.fp8 import fp8_matmul
-from internjax.tree import Leaf
+from internjax.tree import Leaf, wide
 
 GATHERED = "gathered"  # name of weights that ZeRO 3 gathered
 
@@ -106,12 +105,13 @@ def _num_in(w: LoraWeight) -> int:
     return w.a.ndim - 1 - lead
 
 
-def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
+def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     """Contracts activations with a weight of any kind, in the dtype of the activations.
 
     Args:
       spec: as in `jnp.einsum`, for example "BTD,DNH->BTNH"; the letters of `w` that the result
         lacks are its input dims and must come first in it.
+      widened: the result keeps the float32 of its sums, as in `wide_matmul`.
     """
     if isinstance(w, LoraWeight):
         lhs, rhs, result = _split(spec)
@@ -120,12 +120,37 @@ def einsum(spec: str, x: Array, w: Weight, **kwargs) -> Array:
         kept = "".join(c for c in lhs if c not in inner)
         low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
         delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
-        return einsum(spec, x, w.base, **kwargs) + delta * jnp.asarray(w.scale, x.dtype)
-    matmul = fp8_matmul if isinstance(w, Fp8Weight) else partial(jnp.matmul, **kwargs)
+        delta = delta * jnp.asarray(w.scale, x.dtype)
+        base = einsum(spec, x, w.base, widened=widened)
+        return base + delta.astype(base.dtype)
+    matmul = fp8_matmul if isinstance(w, Fp8Weight) else wide_matmul if widened else jnp.matmul
     product = lambda x, w: _contract(spec, x, plain(w, x.dtype), matmul)  # noqa: E731
     # Integers are expanded again for the backward pass: a layer's expanded weights, kept from its
     # forward pass, are the largest temporaries of QLoRA.
     return jax.checkpoint(product)(x, w) if isinstance(w, QuantWeight) else product(x, w)
+
+
+@jax.custom_vjp
+def wide_matmul(x: Float[Array, "M D"], w: Float[Array, "D V"]) -> Float[Array, "M V"]:
+    """Returns x w in at least float32; its backward products are made in the dtype of `x`.
+
+    Left to itself the transpose of a widening product multiplies in float32, for which XLA holds a
+    float32 copy of `w`: 1.4 GiB for InternLM2-7B's head.
+    """
+    return jnp.matmul(x, w, preferred_element_type=wide(x.dtype))
+
+
+def _wide_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return wide_matmul(x, w), (x, w)
+
+
+def _wide_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    g = g.astype(x.dtype)
+    return g @ w.T, (x.T @ g).astype(w.dtype)
+
+
+wide_matmul.defvjp(_wide_forward, _wide_backward)
 
 
 def _contract(spec: str, x: Array, w: Array, matmul: Callable[[Array, Array], Array]) -> Array:

@@ -11,7 +11,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from internjax.errors import UserError
 from internjax.models.decoder import param_table
-from internjax.train.adam8 import block_shape, dequantize, dynamic_table, quantize, scale_by_adam8
+from internjax.train.adam8 import (
+    block_shape,
+    dequantize,
+    dynamic_table,
+    nearest,
+    quantize,
+    scale_by_adam8,
+)
 from internjax.train.mup import rescale_start
 from internjax.train.optim import OptimConfig, make_optimizer, make_schedule, optimizer_facts
 from internjax.train.schedule import beta2_at
@@ -218,6 +225,17 @@ def test_which_paths_decay_is_a_setting():
 
 
 # --- Adam in 8 bits ---
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_index_by_arithmetic_is_that_of_the_nearest_value(signed: bool):
+    table, rng = dynamic_table(signed=signed), np.random.default_rng(0)
+    far, small = rng.uniform(-1, 1, 2000), 10 ** rng.uniform(-9, 0, 2000)
+    x = np.concatenate([far, small, -small, table, [0.0]]).astype(np.float32)
+    x = x if signed else np.abs(x)
+    off = np.abs(x[:, None].astype(np.float64) - table)
+    got = np.asarray(nearest(jnp.asarray(x), signed=signed)).astype(int)
+    np.testing.assert_array_equal(off[np.arange(len(x)), got], off.min(axis=1))
 
 
 @pytest.mark.parametrize("signed", [True, False])

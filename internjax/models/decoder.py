@@ -225,12 +225,9 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
 
     Inside a `shard_map` the head is the device's part of the vocabulary, and so are the logits.
     """
-    wide_dtype = wide(x.dtype)
     lead = "BT"[2 - (x.ndim - 1) :]
-    if cfg.tie_embeddings:
-        table = params["embed"].astype(x.dtype)
-        return jnp.einsum(f"{lead}D,VD->{lead}V", x, table, preferred_element_type=wide_dtype)
-    return einsum(f"{lead}D,DV->{lead}V", x, params["head"], preferred_element_type=wide_dtype)
+    head = params["embed"].T if cfg.tie_embeddings else params["head"]
+    return einsum(f"{lead}D,DV->{lead}V", x, head, widened=True)
 
 
 def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, par: Parallel = ALONE):

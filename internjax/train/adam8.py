@@ -62,6 +62,27 @@ def dynamic_table(*, signed: bool) -> np.ndarray:
     return np.sort(np.array(values)).astype(np.float32)
 
 
+def nearest(unit: Float[Array, "..."], *, signed: bool) -> Float[Array, "..."]:
+    """Returns the index of the nearest value of the table, by arithmetic.
+
+    A search through the table would hold two 32-bit bounds for each number of a leaf.
+    """
+    table = dynamic_table(signed=signed).astype(np.float64)
+    first = 128 if signed else 1  # of the values of the lowest decade
+    magnitude = jnp.abs(unit)
+    code = jnp.full_like(unit, first - 1)
+    for decade in range(7):
+        count = 2**decade if signed else 2 ** (decade + 1)
+        border = (table[first - 1] + table[first]) / 2  # to the decade below
+        place = (magnitude * 10.0 ** (6 - decade) - 0.1) * (count / 0.9)
+        inside = first + jnp.clip(jnp.floor(place), 0, count - 1)
+        code = jnp.where(magnitude >= border, inside, code)
+        first += count
+    code = jnp.where(magnitude >= (table[254] + 1) / 2, 255.0, code)
+    # Negative values mirror the positive ones around 0, which is 127; there is no -1.
+    return jnp.where(unit < 0, jnp.maximum(254 - code, 0), code) if signed else code
+
+
 def block_shape(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
     """Returns (leading dims, blocks, block size): how a tensor is cut.
 
@@ -85,8 +106,7 @@ def quantize(x: Float[Array, "..."], table: np.ndarray) -> Quantized:
     rows = jnp.pad(rows, fill).reshape(*lead, blocks, size)
     scales = jnp.max(jnp.abs(rows), axis=-1)
     unit = rows / jnp.where(scales == 0, 1, scales)[..., None]
-    middles = jnp.asarray((table[1:] + table[:-1]) / 2)
-    codes = jnp.searchsorted(middles, unit, method="scan_unrolled").astype(jnp.uint8)
+    codes = nearest(unit, signed=bool(table[0] < 0)).astype(jnp.uint8)
     return Quantized(codes.reshape(*lead, -1)[..., :trailing].reshape(x.shape), scales)
 
 
@@ -96,7 +116,7 @@ def dequantize(q: Quantized, table: np.ndarray) -> Float[Array, "..."]:
     lead, blocks, size = block_shape(codes.shape)
     unit = jnp.asarray(table)[codes.astype(jnp.int32)].reshape(*lead, -1)
     trailing = unit.shape[-1]
-    scales = jnp.repeat(q.scales, size, axis=-1, total_repeat_length=blocks * size)
+    scales = jnp.broadcast_to(q.scales[..., None], (*lead, blocks, size)).reshape(*lead, -1)
     return (unit * scales[..., :trailing]).reshape(codes.shape)
 
 
