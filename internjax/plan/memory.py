@@ -141,7 +141,11 @@ def layer_bytes(cfg: ModelConfig, tokens: float, tensor: int, compute_bytes: int
     heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim / tensor  # q, mixed, k, v
     ffn = 3 * cfg.d_ff / tensor  # gate, up, their product
     norms = 2 * cfg.d_model / tensor + 2 * cfg.d_model  # residual inputs; gathered normed inputs
-    return compute_bytes * tokens * (heads + ffn + norms)
+    # What XLA keeps beside, read off two compiled plans: norms and rotated q and k in float32, the
+    # gate once more.
+    rotated = (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim
+    beside = 12 * cfg.d_model + (4 * rotated + 2 * cfg.d_ff) / tensor
+    return tokens * (compute_bytes * (heads + ffn + norms) + beside)
 
 
 def remedies(cfg: ModelConfig, mesh: MeshConfig, work: Work) -> Iterator[tuple[str, float]]:
