@@ -21,7 +21,7 @@ from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
 from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
-from internjax.weights import einsum, gather, take
+from internjax.weights import einsum, gather, take, untake
 
 
 def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
@@ -228,8 +228,8 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
     wide_dtype = wide(x.dtype)
     lead = "BT"[2 - (x.ndim - 1) :]
     if cfg.tie_embeddings:
-        table = params["embed"].astype(x.dtype)
-        return jnp.einsum(f"{lead}D,VD->{lead}V", x, table, preferred_element_type=wide_dtype)
+        table = params["embed"]
+        return untake(f"{lead}D,VD->{lead}V", x, table, preferred_element_type=wide_dtype)
     return einsum(f"{lead}D,DV->{lead}V", x, params["head"], preferred_element_type=wide_dtype)
 
 
