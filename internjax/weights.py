@@ -73,16 +73,16 @@ class PackedWeight:
     Fields:
       tiles: uint8 `[L, blocks, G, bytes]` of all layers, or of one without the first dim; see
         `kernels/cpu/tiles.py`.
-      layer: int32, the one layer of the stack that this weight is; None where there is no stack.
       bits: 4 or 8; in_shape, out_shape: natural shapes of the inputs and of the outputs.
+      layer: the one layer of the stack that this weight is; None where there is no stack.
       activations: "int8", "bf16" or "f32", what products round their activations to.
     """
 
     tiles: Leaf
-    layer: Leaf | None
     bits: int = struct.field(pytree_node=False)
     in_shape: tuple[int, ...] = struct.field(pytree_node=False)
     out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    layer: int | None = struct.field(pytree_node=False, default=None)
     activations: str = struct.field(pytree_node=False, default="int8")
 
     def at_layer(self, layer: int) -> "PackedWeight":
@@ -239,6 +239,22 @@ def _unpacked(w: PackedWeight, dtype) -> Array:
     return out.reshape(*lead, *w.in_shape, *w.out_shape)
 
 
+def packed(w: Weight, activations: str, dtype) -> Weight:
+    """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
+
+    4-bit integers in groups that the kernels do not serve are expanded, as plain arrays.
+    """
+    if isinstance(w, PackedWeight):
+        return w.replace(activations=activations)
+    if isinstance(w, QuantWeight):
+        group = math.prod(w.in_shape) // w.scales.shape[-2]
+        return plain(w, dtype) if group % cpu_tiles.LANES else pack(w, activations)
+    if isinstance(w, LoraWeight):
+        base = packed(w.base, activations, dtype)
+        return w.replace(base=base, a=w.a.astype(dtype), b=w.b.astype(dtype))
+    return w
+
+
 def pack(w: QuantWeight, activations: str = "int8") -> PackedWeight:
     """Lays a 4-bit weight out for the CPU kernels; scales and offsets become float16.
 
@@ -259,7 +275,7 @@ def pack(w: QuantWeight, activations: str = "int8") -> PackedWeight:
         nibbles = np.stack([codes.T & 15, codes.T >> 4], axis=-1).reshape(columns, -1)
         layers.append(cpu_tiles.pack(nibbles, steps.T, (-zero * steps).T))
     tiles = jnp.asarray(np.stack(layers).reshape(*lead, *layers[0].shape))
-    return PackedWeight(tiles, None, 4, w.in_shape, w.out_shape, activations)
+    return PackedWeight(tiles, 4, w.in_shape, w.out_shape, None, activations)
 
 
 def num_weights(w: Weight) -> int:

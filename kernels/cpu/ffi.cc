@@ -1,6 +1,7 @@
 // The functions that XLA calls (jax.ffi), and three for ctypes. Shapes are checked in Python before
 // anything is launched; here again only what memory safety hangs on.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
 
@@ -65,7 +66,7 @@ KvType kv_type(ffi::DataType type) {
 ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                          ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale,
                          ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
-                         int64_t most_keys, std::string_view path_name,
+                         std::string_view path_name,
                          ffi::ResultBuffer<ffi::F32> out) {
   const Path* path = find_path(std::string(path_name));
   if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
@@ -75,7 +76,7 @@ ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuff
   const int64_t table_len = table.dimensions()[1];
   const auto clamped = scratch<int32_t>(batch);
   for (int64_t i = 0; i < batch; ++i) {
-    const int64_t most = std::min(table_len * block_len, most_keys);
+    const int64_t most = table_len * block_len;
     clamped[i] = static_cast<int32_t>(std::clamp<int64_t>(lengths.typed_data()[i], 0, most));
     for (int64_t j = 0; j * block_len < clamped[i]; ++j) {
       const int32_t block = table.typed_data()[i * table_len + j];
@@ -127,7 +128,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxPagedAttention, internjax::run_attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Attr<int64_t>("most_keys")
                                   .Attr<std::string_view>("path")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
