@@ -1,4 +1,4 @@
-"""Quantized tensors of a GGUF file as weights that the CPU kernels read, never expanded to floats."""
+"""Quantized tensors of a GGUF file as the CPU kernels read them, never expanded to floats."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,7 @@ from internjax.models.layouts import Entry, sources_of
 from internjax.weights import PackedWeight
 
 
-def read_packed(
-    file: GgufFile, layout: list[Entry], cfg: ModelConfig
-) -> dict[str, PackedWeight]:
+def read_packed(file: GgufFile, layout: list[Entry], cfg: ModelConfig) -> dict[str, PackedWeight]:
     """Reads, by path, every leaf that the file holds as matrices of Q4_0, Q4_1 or Q8_0 only.
 
     Tied embeddings count as the head, `[D, V]`. Leaves of other formats are left to `read_params`,

@@ -51,6 +51,22 @@ INLINE float* partial_of(const PagedAttention& a, int64_t sequence, int64_t head
          ((sequence * a.kv_heads + head) * a.pieces + piece) * rows * (a.head_dim + 2);
 }
 
+// Mixes values of W lanes-wide strips from `h` on; W sums at a time hide each other's latency.
+template <KvType T, int W>
+INLINE void mix(const PagedAttention& a, const float* weights, const int64_t* places,
+                int64_t count, int64_t h, float* out) {
+  Floats sums[W];
+  UNROLL
+  for (int w = 0; w < W; ++w) sums[w] = splat(0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const Floats weight = splat(weights[i]);
+    UNROLL
+    for (int w = 0; w < W; ++w)
+      sums[w] = sums[w] + weight * load_kv<T>(a.v, places[i] * a.head_dim + h + w * kLanes);
+  }
+  for (int w = 0; w < W; ++w) store(out + h + w * kLanes, sums[w]);
+}
+
 template <KvType T>
 void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64_t piece) {
   const int64_t rows = a.heads / a.kv_heads * a.queries, H = a.head_dim;
@@ -85,12 +101,9 @@ void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64
     partial[H + 1] = sum(total);
     if (T == KvType::kInt8)
       for (int64_t i = 0; i < count; ++i) scores[i] *= a.v_scale[places[i]];
-    for (int64_t h = 0; h < H; h += kLanes) {
-      Floats mixed = splat(0.0f);
-      for (int64_t i = 0; i < count; ++i)
-        mixed = mixed + splat(scores[i]) * load_kv<T>(a.v, places[i] * H + h);
-      store(partial + h, mixed);
-    }
+    int64_t h = 0;
+    for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix<T, 4>(a, scores, places, count, h, partial);
+    for (; h < H; h += kLanes) mix<T, 1>(a, scores, places, count, h, partial);
   }
 }
 

@@ -44,9 +44,7 @@ def paged_attention(
     check(q, k, v, table, lengths, k_scale, v_scale)
     if not library.check_choice(implementation, path):
         return reference(q, k, v, table, lengths, k_scale=k_scale, v_scale=v_scale)
-    call = jax.ffi.ffi_call(
-        "internjax_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    )
+    call = jax.ffi.ffi_call("internjax_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
     none = jnp.zeros((0,), jnp.float32)
     scales = (none, none) if k_scale is None else (k_scale, v_scale)
     where = table.astype(jnp.int32), lengths.astype(jnp.int32)
@@ -62,7 +60,9 @@ def serves(q: Float[Array, "B T N H"], dtype) -> bool:
 def check(q, k, v, table, lengths, k_scale, v_scale) -> None:
     """Raises ValueError, with what was given and what is legal, before anything is launched."""
     if q.ndim != 4 or q.dtype not in DTYPES[:2]:
-        raise ValueError(f"q is {q.dtype}{list(q.shape)}; legal are float32, bfloat16 [B, T, N, H].")
+        raise ValueError(
+            f"q is {q.dtype}{list(q.shape)}; legal are float32, bfloat16 [B, T, N, H]."
+        )
     B, T, N, H = q.shape
     if not 1 <= T <= MOST_QUERIES:
         raise ValueError(f"{T} queries a sequence; legal are 1..{MOST_QUERIES}.")

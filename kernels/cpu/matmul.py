@@ -5,8 +5,11 @@ inside the group and as float32 across groups, in ascending order and without fu
 So no bit depends on the rows beside a row, on threads, or on the instruction set.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from internjax.kernels.cpu import library, tiles as layout
@@ -18,7 +21,7 @@ SMALLEST = 1e-30  # a group whose largest activation is below counts as zeros
 def quant_matmul(
     x: Float[Array, "M I"],
     tiles: UInt8[Array, "L blocks G bytes"],
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
     *,
     bits: int,
     columns: int,
@@ -74,12 +77,14 @@ def check(x: Array, tiles: Array, bits: int, columns: int, activations: str) -> 
         raise ValueError(f"columns={columns} in {blocks} blocks of {layout.LANES}.")
 
 
-def round_rows(x: Float[Array, "M G g"]) -> tuple[Array, Array]:
-    """Returns int8 values and float32 scales `[M, G]`; a group with a NaN or infinity is 0 x NaN."""
+def round_rows(x: Float[Array, "*rows g"]) -> tuple[Array, Array]:
+    """Returns int8 values and a float32 scale a group; one that is not finite is 0 x NaN."""
     top = jnp.abs(x).max(axis=-1)
     finite = jnp.isfinite(x).all(axis=-1)
     some = finite & (top >= SMALLEST)
-    inverse = jnp.where(some, jnp.float32(127) / jnp.where(some, top, jnp.float32(1)), jnp.float32(0))
+    inverse = jnp.where(
+        some, jnp.float32(127) / jnp.where(some, top, jnp.float32(1)), jnp.float32(0)
+    )
     scales = jnp.where(some, top * jnp.float32(1 / 127), jnp.float32(0))
     values = jnp.round(jnp.where(finite[..., None], x, jnp.float32(0)) * inverse[..., None])
     return values.astype(jnp.int8), jnp.where(finite, scales, jnp.float32(jnp.nan))
@@ -93,41 +98,47 @@ def emulated(
     columns: int,
     activations: str = "int8",
 ) -> Float[Array, "M columns"]:
-    """Does in plain jnp what the kernel does, to the last bit; slow, and never under `jax.jit`.
+    """Does in plain jnp what the kernel does, to the last bit; slow."""
+    zero = jnp.zeros((), jnp.int32)
+    return _emulated(x, tiles, zero, bits=bits, rounding=activations)[:, :columns]
 
-    XLA would fuse products and sums; operation by operation it cannot.
-    """
+
+@partial(jax.jit, static_argnames=("bits", "rounding"))
+def _emulated(x: Array, tiles: Array, zero: Array, *, bits: int, rounding: str) -> Array:
+    def alone(product: Array) -> Array:
+        """Keeps a product a rounding of its own: the compiler cannot know that `zero` is 0."""
+        bits_of = lax.bitcast_convert_type(product, jnp.int32)
+        return lax.bitcast_convert_type(bits_of ^ zero, jnp.float32)
+
     values, scales, offsets = layout.unpack(tiles, bits)
     groups, group, _ = values.shape
-    scales = scales.astype(jnp.float32)
-    if activations == "bf16":
-        x = x.astype(jnp.bfloat16)
-    rows = x.astype(jnp.float32).reshape(len(x), groups, group)
-    if activations == "int8":
+    x = x.astype(jnp.bfloat16) if rounding == "bf16" else x
+    rows = x.astype(jnp.float32).reshape(len(x), groups, group).swapaxes(0, 1)  # [G, M, g]
+    if rounding == "int8":
         q, steps = round_rows(rows)
-        dots = jnp.einsum("MGi,GiO->GMO", q.astype(jnp.int32), values.astype(jnp.int32))
+        dots = jnp.einsum("GMi,GiO->GMO", q.astype(jnp.int32), values.astype(jnp.int32))
         sums = steps * q.astype(jnp.int32).sum(axis=-1).astype(jnp.float32)
     else:
-        dots, sums = _float_dots(rows, values.astype(jnp.float32))
-    out = jnp.zeros((len(x), scales.shape[1]), jnp.float32)
+        dots = jnp.zeros((groups, len(x), values.shape[-1]), jnp.float32)
+        for i in range(group):
+            dots = dots + alone(rows[:, :, i, None] * values[:, i, None].astype(jnp.float32))
+        sums, steps = _lane_sums(rows), None
+    out = jnp.zeros(dots.shape[1:], jnp.float32)
     for g in range(groups):
-        factor = scales[g][None] * steps[:, g, None] if activations == "int8" else scales[g][None]
-        out = out + factor * dots[g].astype(jnp.float32)
+        factor = scales[g].astype(jnp.float32)[None]
+        factor = factor if steps is None else factor * steps[g][:, None]
+        out = out + alone(factor * dots[g].astype(jnp.float32))
         if offsets is not None:
-            out = out + offsets[g].astype(jnp.float32)[None] * sums[:, g, None]
-    return out[:, :columns]
+            out = out + alone(offsets[g].astype(jnp.float32)[None] * sums[g][:, None])
+    return out
 
 
-def _float_dots(rows: Float[Array, "M G g"], values: Float[Array, "G g O"]) -> tuple[Array, Array]:
-    """Returns products `[G, M, O]`, summed input by input, and the sums `[M, G]` of the rows."""
-    M, G, size = rows.shape
-    dots = jnp.zeros((G, M, values.shape[-1]), jnp.float32)
-    for i in range(size):
-        dots = dots + rows[:, :, i].T[:, :, None] * values[:, i][:, None]
-    lanes = jnp.zeros((M, G, layout.LANES), jnp.float32)
-    for i in range(0, size, layout.LANES):
+def _lane_sums(rows: Float[Array, "G M g"]) -> Float[Array, "G M"]:
+    """Sums the inputs of a group as 16 lanes do: lane i + lane i + 8, then + 4, + 2, + 1."""
+    lanes = jnp.zeros((*rows.shape[:2], layout.LANES), jnp.float32)
+    for i in range(0, rows.shape[2], layout.LANES):
         lanes = lanes + rows[:, :, i : i + layout.LANES]
-    while lanes.shape[-1] > 1:  # lane i + lane i + 8, then + 4, + 2, + 1
+    while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
-    return dots, lanes[..., 0]
+    return lanes[..., 0]

@@ -86,14 +86,18 @@ def unpack(
         codes = jnp.concatenate([codes & 15, codes >> 4], axis=3)
     codes = codes.reshape(blocks, groups, group // 4, LANES, 4)
     codes = codes.transpose(1, 2, 4, 0, 3).reshape(groups, group, blocks * LANES)
-    halves = lax.bitcast_convert_type(tiles[..., cut:].reshape(blocks, groups, -1, LANES, 2), jnp.float16)
+    halves = lax.bitcast_convert_type(
+        tiles[..., cut:].reshape(blocks, groups, -1, LANES, 2), jnp.float16
+    )
     halves = halves.transpose(2, 1, 0, 3).reshape(-1, groups, blocks * LANES)
     if bits == 8:
         return lax.bitcast_convert_type(codes, jnp.int8), halves[0], None
     return codes, halves[0], halves[1]
 
 
-def dequantize(tiles: UInt8[Array, "blocks G bytes"], bits: int, dtype) -> Float[Array, "I columns"]:
+def dequantize(
+    tiles: UInt8[Array, "blocks G bytes"], bits: int, dtype
+) -> Float[Array, "I columns"]:
     """Expands a packed weight to floats, the columns that fill up the last block too."""
     values, scales, offsets = unpack(tiles, bits)
     floats = values.astype(dtype) * scales.astype(dtype)[:, None]
