@@ -1,6 +1,7 @@
-// The functions that XLA calls (jax.ffi), and three for ctypes. Shapes are checked in Python before
+// The functions that XLA calls (jax.ffi), and four for ctypes. Shapes are checked in Python before
 // anything is launched; here again only what memory safety hangs on.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -133,15 +134,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxPagedAttention, internjax::run_attention,
 
 extern "C" {
 
+// The yardstick of benchmarks: reads `size` bytes in order, once, with the threads of the kernels.
+int32_t internjax_cpu_sweep(const uint8_t* bytes, int64_t size) {
+  const int64_t parts = 4 * internjax::pool().size();
+  std::atomic<int32_t> total{0};
+  internjax::pool().run(parts, [&](int64_t i) {
+    total += internjax::find_path("")->sweep(bytes, size * i / parts, size * (i + 1) / parts);
+  });
+  return total;
+}
+
 // The name of the path that runs by default, or null where INTERNJAX_CPU_PATH names none.
-__attribute__((visibility("default"))) const char* internjax_cpu_path(const char* name) {
+const char* internjax_cpu_path(const char* name) {
   const internjax::Path* path = internjax::find_path(name);
   return path ? path->name : nullptr;
 }
-__attribute__((visibility("default"))) int internjax_cpu_threads() {
+int internjax_cpu_threads() {
   return internjax::pool().size();
 }
-__attribute__((visibility("default"))) void internjax_cpu_set_threads(int n) {
+void internjax_cpu_set_threads(int n) {
   internjax::set_threads(n);
 }
 

@@ -26,7 +26,8 @@ namespace {
 }  // namespace
 }  // namespace avx2
 
-const Path kAvx2 = {"avx2", avx2::quantize, avx2::matmul, avx2::attend, avx2::merge};
+const Path kAvx2 = {"avx2",       avx2::quantize, avx2::matmul,
+                    avx2::attend, avx2::merge,    avx2::sweep};
 
 }  // namespace internjax
 

@@ -26,7 +26,8 @@ namespace {
 }  // namespace
 }  // namespace avx512
 
-const Path kAvx512 = {"avx512", avx512::quantize, avx512::matmul, avx512::attend, avx512::merge};
+const Path kAvx512 = {"avx512",       avx512::quantize, avx512::matmul,
+                      avx512::attend, avx512::merge,    avx512::sweep};
 
 }  // namespace internjax
 

@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 }  // namespace portable
 
-const Path kPortable = {"portable", portable::quantize, portable::matmul, portable::attend,
-                        portable::merge};
+const Path kPortable = {"portable",       portable::quantize, portable::matmul,
+                        portable::attend, portable::merge,    portable::sweep};
 
 }  // namespace internjax

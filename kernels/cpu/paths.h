@@ -53,6 +53,7 @@ struct Path {
   void (*matmul)(const Matmul&, int64_t first, int64_t last);                      // column blocks
   void (*attend)(const PagedAttention&, int64_t sequence, int64_t head, int64_t piece);
   void (*merge)(const PagedAttention&, int64_t sequence, int64_t head);
+  int32_t (*sweep)(const uint8_t* bytes, int64_t first, int64_t last);  // sum of whole 64 bytes
 };
 
 extern const Path kPortable;
