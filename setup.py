@@ -14,6 +14,7 @@ FLAGS = [
     "-std=c++17",
     "-O3",
     "-ffp-contract=off",  # a product and a sum stay two roundings on every path
+    "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",  # GCC 12 warns of its own AVX-512 header
 ]
 

@@ -1,4 +1,4 @@
-"""Decoding and prefill on this CPU beside llama.cpp and transformers + torch, same weights, one run.
+"""Decoding and prefill on this CPU beside llama.cpp and transformers + torch, the same weights.
 
     .venv/bin/python benchmarks/cpu_decode.py [MODEL] [quick=true]
 

@@ -39,7 +39,7 @@ def main() -> None:
             out = model(ids, use_cache=True, logits_to_keep=1)
             caches[batch, length] = out.past_key_values
         cache = caches[batch, length]
-        cache.crop(length - 1)
+        cache.crop(length - 1 - cache.get_seq_length())  # negative: how many go
         token = ids[:, -1:]
         start = time.perf_counter()
         for _ in range(new):
