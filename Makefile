@@ -13,6 +13,9 @@ PY     := $(VENV)/bin/python
 STAMPS := .stamps
 MODEL  := smollm2-135m-instruct
 
+# What the compiled CPU kernels are made of.
+NATIVE := setup.py $(wildcard kernels/cpu/*.cc kernels/cpu/*.h)
+
 # The extras of `quickstart`, spelled out: pip-compile trips over an extra that names its own project.
 QUICK := --extra data --extra serve --extra agents --extra eval
 
@@ -74,13 +77,13 @@ $(PY):
 	@echo "== Environment: $(VENV)"
 	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv $(VENV)
 
-$(STAMPS)/quickstart: requirements/quickstart.txt pyproject.toml $(PY) | $(STAMPS)
+$(STAMPS)/quickstart: requirements/quickstart.txt pyproject.toml $(NATIVE) $(PY) | $(STAMPS)
 	@echo "== Packages: requirements/quickstart.txt (hashes checked), then internjax itself"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/quickstart.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(STAMPS)/dev: requirements/dev.txt pyproject.toml $(PY) | $(STAMPS)
+$(STAMPS)/dev: requirements/dev.txt pyproject.toml $(NATIVE) $(PY) | $(STAMPS)
 	@echo "== Packages: requirements/dev.txt (hashes checked), then internjax itself"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

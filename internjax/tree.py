@@ -61,13 +61,18 @@ def cast(tree: Any, dtype: Any) -> Any:
 def unstack_layers(params: Params) -> Params:
     """Splits `params["layers"]` from a dict of `[L, ...]` leaves into a tuple of L dicts.
 
-    Decoding on CPU wants this form: slices of a stacked leaf are copied at every step there.
+    Decoding on CPU wants this form: slices of a stacked leaf are copied at every step there. A
+    weight with a method `at_layer` is asked for its layer instead of being sliced.
     """
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
     num_layers = jax.tree.leaves(layers)[0].shape[0]
-    split = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
+    knows = lambda x: hasattr(x, "at_layer")  # noqa: E731
+    pick = lambda x, i: x.at_layer(i) if knows(x) else x[i]  # noqa: E731
+    split = tuple(
+        jax.tree.map(lambda x, i=i: pick(x, i), layers, is_leaf=knows) for i in range(num_layers)
+    )
     return {**params, "layers": split}
 
 

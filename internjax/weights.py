@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from internjax.collectives import Parallel
+from internjax.kernels.cpu import tiles as cpu_tiles
+from internjax.kernels.cpu.matmul import quant_matmul
 from internjax.kernels.fp8 import fp8_matmul
 from internjax.tree import Leaf, wide
 
@@ -63,7 +66,31 @@ class Fp8Weight:
     base: Leaf
 
 
-type Weight = Array | LoraWeight | QuantWeight | Fp8Weight
+@struct.dataclass
+class PackedWeight:
+    """4- or 8-bit integers in the layout of the CPU kernels: w = values * scales + offsets.
+
+    Fields:
+      tiles: uint8 `[L, blocks, G, bytes]` of all layers, or of one without the first dim; see
+        `kernels/cpu/tiles.py`.
+      bits: 4 or 8; in_shape, out_shape: natural shapes of the inputs and of the outputs.
+      layer: the one layer of the stack that this weight is; None where there is no stack.
+      activations: "int8", "bf16" or "f32", what products round their activations to.
+    """
+
+    tiles: Leaf
+    bits: int = struct.field(pytree_node=False)
+    in_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    layer: int | None = struct.field(pytree_node=False, default=None)
+    activations: str = struct.field(pytree_node=False, default="int8")
+
+    def at_layer(self, layer: int) -> "PackedWeight":
+        """Returns one layer: the whole stack and an index, so that nothing is copied."""
+        return self.replace(layer=layer)
+
+
+type Weight = Array | LoraWeight | QuantWeight | PackedWeight | Fp8Weight
 
 
 def dequantize(w: QuantWeight, dtype) -> Array:
@@ -80,6 +107,8 @@ def plain(w: Weight, dtype) -> Array:
     """Returns any kind of weight as one array of `dtype`: adapters merged, integers expanded."""
     if isinstance(w, QuantWeight):
         return dequantize(w, dtype)
+    if isinstance(w, PackedWeight):
+        return _unpacked(w, dtype)
     if isinstance(w, LoraWeight):
         return plain(w.base, dtype) + lora_delta(w, dtype)
     return (w.base if isinstance(w, Fp8Weight) else w).astype(dtype)
@@ -98,7 +127,7 @@ def _num_in(w: LoraWeight) -> int:
     """Returns how many dims are contracted: total dims of base are lead + in + out."""
     if isinstance(w.base, LoraWeight):
         return _num_in(w.base)
-    if isinstance(w.base, QuantWeight):
+    if isinstance(w.base, (QuantWeight, PackedWeight)):
         return len(w.base.in_shape)
     # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
     lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
@@ -123,6 +152,8 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
         delta = delta * jnp.asarray(w.scale, x.dtype)
         base = einsum(spec, x, w.base, widened=widened)
         return base + delta.astype(base.dtype)
+    if isinstance(w, PackedWeight):
+        return _packed_einsum(spec, x, w, wide(x.dtype) if widened else x.dtype)
     matmul = fp8_matmul if isinstance(w, Fp8Weight) else wide_matmul if widened else jnp.matmul
     product = lambda x, w: _contract(spec, x, plain(w, x.dtype), matmul)  # noqa: E731
     # Integers are expanded again for the backward pass: a layer's expanded weights, kept from its
@@ -159,13 +190,19 @@ def _contract(spec: str, x: Array, w: Array, matmul: Callable[[Array, Array], Ar
     XLA's CPU backend takes nearly twice the time for the backward pass of a feed-forward block with
     the rows in two dims (2,048 x 576 x 1,536, float32, 2 cores: 224 ms, flat 126 ms).
     """
+    lead, rows = _rows(spec, x)
+    out = w.shape[x.ndim - len(lead) :]
+    return matmul(rows, w.reshape(rows.shape[1], -1)).reshape(*lead, *out)
+
+
+def _rows(spec: str, x: Array) -> tuple[tuple[int, ...], Array]:
+    """Returns the dims that the product keeps, and x as rows of the contracted ones."""
     lhs, rhs, result = _split(spec)
     num_in = sum(c not in result for c in rhs)
     if lhs[-num_in:] != rhs[:num_in] or result != lhs[:-num_in] + rhs[num_in:]:
         raise ValueError(f"einsum {spec!r}: the input dims come last in x and first in w.")
-    lead, out = x.shape[: x.ndim - num_in], w.shape[num_in:]
-    rows = x.reshape(math.prod(lead), -1)
-    return matmul(rows, w.reshape(rows.shape[1], -1)).reshape(*lead, *out)
+    lead = x.shape[: x.ndim - num_in]
+    return lead, x.reshape(math.prod(lead), -1)
 
 
 def _split(spec: str) -> tuple[str, str, str]:
@@ -189,9 +226,78 @@ def gather(w: Weight, dim: int, par: Parallel) -> Weight:
     return checkpoint_name(lax.all_gather(w, par.fsdp, axis=dim, tiled=True), GATHERED)
 
 
-def take(w: Float[Array, "V D"], ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-    """Looks up rows of an embedding."""
+def take(w: Weight, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    """Looks up rows of an embedding `[V, D]`; a packed one lies as its head, D inputs to V."""
+    if isinstance(w, PackedWeight):
+        return cpu_tiles.columns_of(w.tiles, ids, w.bits, jnp.float32).astype(dtype)
     return w[ids].astype(dtype)
+
+
+def transposed(w: Weight) -> Weight:
+    """Returns an embedding as the head it is where the two are tied."""
+    return w if isinstance(w, PackedWeight) else w.T
+
+
+def _packed_einsum(spec: str, x: Array, w: PackedWeight, dtype) -> Array:
+    lead, rows = _rows(spec, x)
+    stack, layer = (w.tiles[None], 0) if w.layer is None else (w.tiles, w.layer)
+    out = quant_matmul(
+        rows,
+        stack,
+        layer,
+        bits=w.bits,
+        columns=math.prod(w.out_shape),
+        activations=w.activations,
+    )
+    return out.astype(dtype).reshape(*lead, *w.out_shape)
+
+
+def _unpacked(w: PackedWeight, dtype) -> Array:
+    """Expands `[*lead, *in_shape, *out_shape]`; one layer of a stack where it is one."""
+    tiles = w.tiles if w.layer is None else w.tiles[w.layer]
+    lead, flat = tiles.shape[:-3], tiles.reshape(-1, *tiles.shape[-3:])
+    each = [cpu_tiles.dequantize(x, w.bits, dtype) for x in flat]
+    out = jnp.stack(each)[..., : math.prod(w.out_shape)]
+    return out.reshape(*lead, *w.in_shape, *w.out_shape)
+
+
+def packed(w: Weight, activations: str, dtype) -> Weight:
+    """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
+
+    4-bit integers in groups that the kernels do not serve are expanded, as plain arrays.
+    """
+    if isinstance(w, PackedWeight):
+        return w.replace(activations=activations)
+    if isinstance(w, QuantWeight):
+        group = math.prod(w.in_shape) // w.scales.shape[-2]
+        return plain(w, dtype) if group % cpu_tiles.LANES else pack(w, activations)
+    if isinstance(w, LoraWeight):
+        base = packed(w.base, activations, dtype)
+        return w.replace(base=base, a=w.a.astype(dtype), b=w.b.astype(dtype))
+    return w
+
+
+def pack(w: QuantWeight, activations: str = "int8") -> PackedWeight:
+    """Lays a 4-bit weight out for the CPU kernels; scales and offsets become float16.
+
+    Raises:
+      ValueError: the kernels do not serve the group size, or an offset is beyond float16.
+    """
+    lead, shape = w.values.shape[:-2], (-1, *w.values.shape[-2:])
+    columns = w.values.shape[-1]
+    values, scales, zeros = (np.asarray(x) for x in (w.values, w.scales, w.zeros))
+    groups = scales.shape[-2]
+    layers = []
+    for codes, steps, zero in zip(
+        values.reshape(shape),
+        scales.reshape(-1, groups, columns).astype(np.float32),
+        zeros.reshape(-1, groups, columns).astype(np.float32),
+        strict=True,
+    ):
+        nibbles = np.stack([codes.T & 15, codes.T >> 4], axis=-1).reshape(columns, -1)
+        layers.append(cpu_tiles.pack(nibbles, steps.T, (-zero * steps).T))
+    tiles = jnp.asarray(np.stack(layers).reshape(*lead, *layers[0].shape))
+    return PackedWeight(tiles, 4, w.in_shape, w.out_shape, None, activations)
 
 
 def num_weights(w: Weight) -> int:
@@ -200,4 +306,7 @@ def num_weights(w: Weight) -> int:
         return num_weights(w.base)
     if isinstance(w, QuantWeight):
         return 2 * math.prod(w.values.shape)
+    if isinstance(w, PackedWeight):
+        layers = w.tiles.shape[0] if w.tiles.ndim == 4 and w.layer is None else 1
+        return layers * math.prod(w.in_shape) * math.prod(w.out_shape)
     return math.prod(w.shape)

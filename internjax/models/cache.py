@@ -5,6 +5,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from internjax.kernels.attention import attention
+from internjax.kernels.cpu.attention import paged_attention, serves
 from internjax.models.config import ModelConfig
 from internjax.tree import Leaf
 
@@ -85,6 +87,31 @@ def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[A
         k.astype(dtype) * k_scale[..., None].astype(dtype),
         v.astype(dtype) * v_scale[..., None].astype(dtype),
     )
+
+
+def attend_layer(
+    q: Float[Array, "B T N H"],
+    cache: KVCache,
+    layer: int,
+    start: Int[Array, " B"],
+    attend: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attends queries at positions start.. of each row to the cached keys up to their own.
+
+    Where the CPU kernel serves, it reads the cache in place and as far as each row is filled; else
+    the first `attend` positions are read out as one matrix.
+    """
+    if serves(q, cache.k[layer].dtype):
+        scales = {}
+        if cache.k_scale:
+            scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
+        table = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]  # a row is one block
+        lengths = start + q.shape[1]
+        return paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, **scales)
+    k, v = read_layer(cache, layer, attend, q.dtype)
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=start.dtype)[None, :]
+    keys = jnp.arange(k.shape[1], dtype=start.dtype)
+    return attention(q, k, v, keys[None, None, :] <= positions[:, :, None])
 
 
 def _set(items: tuple, index: int, value) -> tuple:

@@ -23,7 +23,7 @@ from internjax.tree import Params
 
 FORMATS = ("hf", "gguf", "native")
 DTYPES = ("float32", "float16", "bfloat16")
-_LOADERS = {"hf": load_hf, "gguf": load_gguf, "native": load_native}
+_LOADERS = {"hf": load_hf, "native": load_native}
 
 
 def detect(path: str | Path) -> str:
@@ -48,14 +48,22 @@ def detect(path: str | Path) -> str:
     )
 
 
-def read_model(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, Params]:
-    """Reads a model of any format into NumPy arrays; `dtype` None keeps what is stored."""
+def read_model(
+    path: str | Path, *, dtype: Any = None, packed: bool = False
+) -> tuple[ModelConfig, Params]:
+    """Reads a model of any format into NumPy arrays; `dtype` None keeps what is stored.
+
+    Args:
+      packed: keeps the integers of a quantized GGUF file, see `load_gguf`.
+    """
     path = model_path(path)
     if (source := detect(path)) == "checkpoints":
         raise UserError(
             f"{path}: checkpoints of a training have no tokenizer: make a model of them first, with"
             f" internjax convert {path} NEW tokenizer=MODEL."
         )
+    if source == "gguf":
+        return load_gguf(path, dtype, packed=packed)
     return _LOADERS[source](path, dtype)
 
 

@@ -10,9 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
-from internjax.kernels.attention import attention
 from internjax.models import rope
-from internjax.models.cache import KVCache, read_layer, update_layer
+from internjax.models.cache import KVCache, attend_layer, update_layer
 from internjax.models.config import ModelConfig
 from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, ones, zeros
@@ -21,7 +20,7 @@ from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
 from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
-from internjax.weights import einsum, gather, take
+from internjax.weights import einsum, gather, take, transposed
 
 
 def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
@@ -192,16 +191,11 @@ def decode(
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)[None, :]
     dtype = jnp.dtype(cfg.dtype)
     angle = _angles(cfg, positions, inv_freq, dtype)
-    mask = (
-        jnp.arange(attend or cache.length, dtype=start.dtype)[None, None, :]
-        <= positions[:, :, None]
-    )
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
         q, k, v = _qkv(x, w, angle, cfg)
         cache = update_layer(cache, i, k, v, start)
-        k, v = read_layer(cache, i, attend, dtype)
-        x, _ = _finish(x, attention(q, k, v, mask), w, cfg)
+        x, _ = _finish(x, attend_layer(q, cache, i, start, attend), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
 
@@ -226,7 +220,7 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
     Inside a `shard_map` the head is the device's part of the vocabulary, and so are the logits.
     """
     lead = "BT"[2 - (x.ndim - 1) :]
-    head = params["embed"].T if cfg.tie_embeddings else params["head"]
+    head = transposed(params["embed"]) if cfg.tie_embeddings else params["head"]
     return einsum(f"{lead}D,DV->{lead}V", x, head, widened=True)
 
 

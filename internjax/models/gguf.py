@@ -15,37 +15,44 @@ from internjax.errors import Corrupt, UserError
 from internjax.models import rope
 from internjax.models.config import ModelConfig, RopeConfig
 from internjax.models.gguf_file import GgufFile, open_gguf
-from internjax.models.layouts import gguf_layout, read_params
+from internjax.models.gguf_packed import read_packed
+from internjax.models.layouts import gguf_layout, read_params, sources_of
 from internjax.models.native import config_from_json
-from internjax.tree import Params
+from internjax.tree import Params, flatten, unflatten
 
 # architecture -> are the rows of q and k interleaved for the rotation?
 ARCHITECTURES = {"llama": True, "internlm2": True, "qwen2": False, "qwen3": False}
 OWN_KEY = "internjax.config"
 
 
-def load_gguf(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
+def load_gguf(
+    path: str | Path, dtype: Any = None, *, packed: bool = False
+) -> tuple[ModelConfig, Params]:
     """Reads a GGUF model: quantized tensors are dequantized, q and k rows put back half-split.
 
     Args:
       dtype: of the returned NumPy arrays; None gives what the model had before its export where
         the file holds that without loss, else plain tensors as stored and float32 for the others.
+      packed: keeps tensors of Q4_0, Q4_1 and Q8_0 as integers, for the CPU kernels.
 
     Raises: Missing, Corrupt; UserError for an architecture that the decoder does not have.
     """
     file = open_gguf(path)
     cfg = config_from_gguf(file)
     dtype = dtype or _own(file).get("stored_dtype")
+    layout = gguf_layout(ARCHITECTURES[file.metadata["general.architecture"]])
+    special = read_packed(file, layout, cfg) if packed else {}
+    done = {name for e in layout if e.paths[0] in special for name in sources_of(e, cfg)}
     params = read_params(
-        gguf_layout(ARCHITECTURES[file.metadata["general.architecture"]]),
+        [e for e in layout if e.paths[0] not in special],
         cfg,
         file.tensors,
         file.read,
         where=str(path),
         dtype=None if dtype is None else np.dtype(dtype),
-        ignore=lambda name: name == "rope_freqs.weight",  # read by _llama3
+        ignore=lambda name: name in done or name == "rope_freqs.weight",  # read by _llama3
     )
-    return cfg, params
+    return cfg, unflatten(flatten(params) | special)
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:

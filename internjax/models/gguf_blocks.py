@@ -44,6 +44,26 @@ def decode(kind: str, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out.reshape(shape)
 
 
+INTEGERS = ("Q4_0", "Q4_1", "Q8_0")
+"""Formats whose numbers are value * scale + offset, value a whole byte or half of one."""
+
+
+def integers(
+    kind: str, raw: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Reads one of `INTEGERS` without expanding it: values, and float16 scales and offsets.
+
+    Returns: values as `shape`, uint8 0..15 or int8; scales and offsets `[rows, groups of 32]`.
+      Q8_0 has no offsets.
+    """
+    fields = raw.view(BLOCKS[kind].fields).reshape(*shape[:-1], -1)
+    if kind == "Q8_0":
+        return fields["q"].reshape(shape), fields["d"], None
+    values = np.concatenate([fields["q"] & 15, fields["q"] >> 4], axis=-1).reshape(shape)
+    offsets = fields["m"] if kind == "Q4_1" else fields["d"] * np.float16(-8)
+    return values, fields["d"], offsets
+
+
 def encode(kind: str, x: np.ndarray) -> np.ndarray:
     """Turns [..., rows of whole blocks] into a plain array or uint8 bytes: `PLAIN`, Q8_0, Q4_1."""
     if kind in PLAIN:

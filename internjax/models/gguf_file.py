@@ -54,12 +54,17 @@ class GgufFile:
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor from disk; quantized ones come back as float32."""
         info = self.tensors[name]
+        return decode(info.kind, self.read_bytes(name), info.shape)
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """Reads the uint8 bytes of one tensor as they are stored."""
+        info = self.tensors[name]
         with self.path.open("rb") as f:
             f.seek(info.offset)
             raw = np.fromfile(f, np.uint8, info.num_bytes)
         if raw.size != info.num_bytes:
             raise Corrupt(f"{self.path}: tensor {name} is cut short; fetch the file again.")
-        return decode(info.kind, raw, info.shape)
+        return raw
 
 
 def open_gguf(path: str | Path) -> GgufFile:

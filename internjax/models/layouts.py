@@ -27,11 +27,17 @@ class Form:
       shape: shapes of the leaves -> shape of the tensor.
       split: tensor, shapes of the leaves -> the leaves (views where possible).
       join: the leaves -> tensor.
+      num_in: of a tensor that is one matrix [outputs, inputs], the dims of its leaf that are
+        inputs; 0 of others.
+      rows: puts the rows of such a matrix into our order, given the shape of the leaf; with
+        `num_in` what it takes to read a quantized tensor without expanding it.
     """
 
     shape: Callable[[tuple[Shape, ...]], Shape]
     split: Callable[[np.ndarray, tuple[Shape, ...]], tuple[np.ndarray, ...]]
     join: Callable[..., np.ndarray]
+    num_in: int = 0
+    rows: Callable[[np.ndarray, Shape], np.ndarray] = lambda x, s: x
 
 
 def _heads_shape(shapes):
@@ -78,16 +84,18 @@ def _unpair(x):
 
 
 PLAIN = Form(lambda s: s[0], lambda x, s: (x,), lambda x: x)
-MATRIX = Form(lambda s: s[0][::-1], lambda x, s: (x.T,), lambda x: x.T)
+MATRIX = Form(lambda s: s[0][::-1], lambda x, s: (x.T,), lambda x: x.T, num_in=1)
 HEADS_IN = Form(  # [N*H, D] <-> [D, N, H]
     _heads_shape,
     lambda x, s: (x.T.reshape(s[0]),),
     lambda x: x.reshape(x.shape[0], -1).T,
+    num_in=1,
 )
 HEADS_OUT = Form(  # [D, N*H] <-> [N, H, D]
     lambda s: (s[0][2], s[0][0] * s[0][1]),
     lambda x, s: (x.T.reshape(s[0]),),
     lambda x: x.reshape(-1, x.shape[2]).T,
+    num_in=2,
 )
 HEADS_BIAS = Form(  # [N*H] <-> [N, H]
     lambda s: (s[0][0] * s[0][1],), lambda x, s: (x.reshape(s[0]),), lambda x: x.reshape(-1)
@@ -96,6 +104,8 @@ HEADS_IN_PAIRED = Form(  # as HEADS_IN, rows interleaved for the rotation (GGUF'
     _heads_shape,
     lambda x, s: (np.moveaxis(_unpair(x.reshape(*s[0][1:], s[0][0])), -1, 0),),
     lambda x: _pair(np.moveaxis(x, 0, -1)).reshape(-1, x.shape[0]),
+    num_in=1,
+    rows=lambda x, s: _unpair(x.reshape(*s[1:], -1)).reshape(x.shape),
 )
 HEADS_BIAS_PAIRED = Form(
     HEADS_BIAS.shape, lambda x, s: (_unpair(x.reshape(s[0])),), lambda x: _pair(x).reshape(-1)
@@ -256,7 +266,7 @@ def read_params(
     _check(used, cfg, table, stored, where, ignore)
     leaves: dict[str, np.ndarray] = {}
     for entry in used:
-        sources = _sources(entry, cfg)
+        sources = sources_of(entry, cfg)
         leaf_dtype = dtype or np.result_type(*(stored[s].dtype for s in sources))
         for path in entry.paths:
             leaves[path] = np.empty(table[path].shape, leaf_dtype)
@@ -311,7 +321,8 @@ def _tensor(entry, source, i, table, leaves, dtype) -> Tensor:
     return Tensor(source, entry.form.shape(shapes), stored, make)
 
 
-def _sources(entry: Entry, cfg: ModelConfig) -> list[str]:
+def sources_of(entry: Entry, cfg: ModelConfig) -> list[str]:
+    """Names the tensors of an entry: one a layer, or one."""
     if not entry.per_layer:
         return [entry.source]
     return [entry.source.format(i=i) for i in range(cfg.num_layers)]
@@ -334,7 +345,7 @@ def _check(used, cfg, table, stored, where, ignore) -> None:
     for entry in used:
         skip = 1 if entry.per_layer else 0
         shape = entry.form.shape(tuple(table[p].shape[skip:] for p in entry.paths))
-        wanted |= dict.fromkeys(_sources(entry, cfg), shape)
+        wanted |= dict.fromkeys(sources_of(entry, cfg), shape)
     missing = sorted(set(wanted) - set(stored))
     if missing:
         raise Corrupt(f"{where}: {len(missing)} tensors are missing, first {missing[0]}.")

@@ -12,6 +12,7 @@ from internjax import catalog
 from internjax.data.chat import ChatTemplate, template_for
 from internjax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from internjax.errors import Missing
+from internjax.kernels.cpu.library import available
 from internjax.models.config import ModelConfig
 from internjax.models.convert import model_path, read_model
 from internjax.models.decoder import init_params
@@ -49,16 +50,18 @@ def resolve(name_or_path: str | Path) -> Path:
     raise Missing(f"no model {name!r}: neither a path nor one of {', '.join(models)}{hint}")
 
 
-def load(name_or_path: str | Path, *, dtype: str = "float32") -> Model:
+def load(name_or_path: str | Path, *, dtype: str = "float32", packed: bool = False) -> Model:
     """Loads a model of any format: Hugging Face folder, GGUF file or our own folder.
 
     A model of the catalogue carries its published name, others what their files call them.
 
     Args:
       dtype: of the stored floating-point weights and of the computation.
+      packed: where the CPU kernels run, weights of a Q4_0, Q4_1 or Q8_0 file stay the integers that
+        they are: for answering only, they cannot be trained or converted.
     """
     path = model_path(resolve(name_or_path))
-    cfg, host = read_model(path, dtype=dtype)
+    cfg, host = read_model(path, dtype=dtype, packed=packed and available())
     name = cfg.name if Path(name_or_path).expanduser().exists() else str(name_or_path)
     cfg = dataclasses.replace(cfg, name=name, dtype=dtype)
     tokenizer = load_tokenizer(path)

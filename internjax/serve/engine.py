@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from internjax.errors import UserError
+from internjax.kernels.cpu.library import available
+from internjax.kernels.cpu.matmul import ACTIVATIONS
 from internjax.models import rope
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
@@ -36,7 +38,7 @@ from internjax.serve.scheduler import (
 )
 from internjax.serve.text import TextStream
 from internjax.tree import Params, unstack_layers
-from internjax.weights import plain
+from internjax.weights import packed, plain
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,12 @@ class EngineConfig:
       kv_dtype: "float32", "bfloat16" or "int8" (a scale per token and head).
       max_waiting: requests that may wait for a slot before new ones are refused.
       prefill_tokens: prompt tokens prefilled between two decoding steps.
-      weights: "keep" computes with packed or adapted weights as they are, "expand" turns them into
-        plain float arrays once; "auto" expands on CPU, where unpacking at every step costs more
+      weights: "keep" computes with quantized or adapted weights as they are, "expand" turns them
+        into plain float arrays once, "pack" lays integers out for the CPU kernels. "auto" packs
+        where those run; on a CPU without them it expands, for unpacking at every step costs more
         than reading the floats.
+      activations: what products with packed weights round their activations to: "int8" by groups,
+        "bf16", or "f32" for none.
     """
 
     slots: int = 16
@@ -65,6 +70,7 @@ class EngineConfig:
     max_waiting: int = 256
     prefill_tokens: int = 256
     weights: str = "auto"
+    activations: str = "int8"
 
     def __post_init__(self):
         for name in ("slots", "max_waiting", "prefill_tokens"):
@@ -72,8 +78,13 @@ class EngineConfig:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
         if self.kv_dtype not in ("float32", "bfloat16", "int8"):
             raise UserError(f"kv_dtype={self.kv_dtype!r}: legal are float32, bfloat16, int8.")
-        if self.weights not in ("auto", "keep", "expand"):
-            raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand.")
+        if self.weights not in ("auto", "keep", "expand", "pack"):
+            raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand, pack.")
+        if self.activations not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise UserError(f"activations={self.activations!r}: legal are {names}.")
+        if self.weights == "pack" and not available():
+            raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")
 
 
 @dataclass
@@ -101,7 +112,7 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
-        self.params = prepare_params(model.params, config.weights, model.cfg.dtype)
+        self.params = prepare_params(model.params, config, model.cfg.dtype)
         self.scheduler = Scheduler(config.slots, config.max_waiting)
         self.stats = EngineStats()
         self.grammars = Grammars(model.tokenizer, model.cfg.vocab_size)
@@ -390,16 +401,23 @@ class Engine:
             raise UserError(f"logprobs={params.logprobs}: it must lie in 0..{TOP_LOGPROBS}.")
 
 
-def prepare_params(params: Params, weights: str, dtype: str) -> Params:
-    """Returns the tree that decoding wants: one dict a layer, weights expanded if so chosen."""
-    if weights == "auto":
-        weights = "expand" if jax.default_backend() == "cpu" else "keep"
-    if weights == "expand":
+def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
+    """Returns the tree that decoding wants, its weights packed or expanded as `config` says.
+
+    Layers become one dict each; packed weights stay one stack that the dicts share.
+    """
+    how = config.weights
+    if how == "auto" and jax.default_backend() == "cpu":
+        how = "pack" if available() else "expand"
+    if how == "expand":
         special = [x for x in jax.tree.leaves(params, is_leaf=_is_weight) if _is_weight(x)]
         if special:
             log.info("expanding %d packed or adapted weights to %s", len(special), dtype)
         expand = lambda x: plain(x, jnp.dtype(dtype)) if _is_weight(x) else x  # noqa: E731
         params = jax.tree.map(expand, params, is_leaf=_is_weight)
+    elif how == "pack":
+        fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
+        params = jax.tree.map(fit, params, is_leaf=_is_weight)
     return unstack_layers(params)
 
 

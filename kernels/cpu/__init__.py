@@ -1,0 +1,1 @@
+"""Decoding on CPUs: quantized products and paged attention in C++, called by XLA (`jax.ffi`)."""

@@ -1,0 +1,159 @@
+// The functions that XLA calls (jax.ffi), and four for ctypes. Shapes are checked in Python before
+// anything is launched; here again only what memory safety hangs on.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "cpu.h"
+#include "paths.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace internjax {
+namespace {
+
+constexpr int64_t kSmall = 1 << 15;  // products below this many bytes x rows stay on one thread
+
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument(what); }
+
+// out = x w, see `quant_matmul` in matmul.py.
+ffi::Error run_matmul(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> tiles,
+                      ffi::Buffer<ffi::S32> layer, int64_t bits, bool rounded,
+                      std::string_view path_name, ffi::ResultBuffer<ffi::F32> out) {
+  const Path* path = find_path(std::string(path_name));
+  if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
+  const auto in = x.dimensions(), weight = tiles.dimensions();  // [M, K], [L, blocks, groups, b]
+  const int64_t rows = in[0], depth = in[1], groups = weight[2];
+  const int64_t group = groups ? depth / groups : 0, columns = out->dimensions()[1];
+  const int64_t index = layer.typed_data()[0], blocks = weight[1];
+  if (group % kLanes || group == 0 || groups * group != depth || columns > blocks * kLanes ||
+      weight[3] != tile_bytes(static_cast<int>(bits), group) || index < 0 || index >= weight[0])
+    return wrong("quant_matmul: tiles and activations do not fit");
+  const int64_t each = rows * groups;
+  const auto values = scratch<int8_t>(rounded ? rows * depth : 0);
+  const auto totals = scratch<int32_t>(rounded ? each : 0);
+  const auto scales = scratch<float>(rounded ? each : 0), sums = scratch<float>(each);
+  const Activations a = {x.typed_data(), values.get(), scales.get(), totals.get(), sums.get(),
+                         rows,           depth,        group,        rounded};
+  const Matmul m = {a, tiles.typed_data() + index * blocks * groups * weight[3],
+                    out->typed_data(), columns, static_cast<int>(bits)};
+  Pool& threads = pool();
+  const bool small = groups * blocks * weight[3] * rows < kSmall;
+  const int64_t some = rows < 8 ? 1 : std::min<int64_t>(rows, threads.size());
+  threads.run(some, [&](int64_t i) { path->quantize(a, rows * i / some, rows * (i + 1) / some); });
+  // More parts than threads: one that is held up by another program holds up little.
+  const int64_t parts = small ? 1 : std::min<int64_t>(blocks, 4 * threads.size());
+  threads.run(parts, [&](int64_t i) {
+    path->matmul(m, blocks * i / parts, blocks * (i + 1) / parts);
+  });
+  return ffi::Error::Success();
+}
+
+KvType kv_type(ffi::DataType type) {
+  if (type == ffi::BF16) return KvType::kBfloat16;
+  return type == ffi::S8 ? KvType::kInt8 : KvType::kFloat32;
+}
+
+// See `paged_attention` in attention.py.
+ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale,
+                         ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
+                         std::string_view path_name,
+                         ffi::ResultBuffer<ffi::F32> out) {
+  const Path* path = find_path(std::string(path_name));
+  if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
+  const auto qs = q.dimensions(), ks = k.dimensions();  // [B, T, N, H], [pool, len, K, H]
+  const int64_t batch = qs[0], queries = qs[1], heads = qs[2], head_dim = qs[3];
+  const int64_t pool_size = ks[0], block_len = ks[1], kv_heads = ks[2];
+  const int64_t table_len = table.dimensions()[1];
+  const auto clamped = scratch<int32_t>(batch);
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t most = table_len * block_len;
+    clamped[i] = static_cast<int32_t>(std::clamp<int64_t>(lengths.typed_data()[i], 0, most));
+    for (int64_t j = 0; j * block_len < clamped[i]; ++j) {
+      const int32_t block = table.typed_data()[i * table_len + j];
+      if (block < 0 || block >= pool_size)
+        return wrong("paged_attention: the table names block " + std::to_string(block) + " of " +
+                     std::to_string(pool_size));
+    }
+  }
+  const int64_t longest = batch ? *std::max_element(clamped.get(), clamped.get() + batch) : 0;
+  const int64_t pieces = std::max<int64_t>(1, (longest + kPiece - 1) / kPiece);
+  const int64_t rows = heads / kv_heads * queries;
+  const auto partial = scratch<float>(batch * kv_heads * pieces * rows * (head_dim + 2));
+  const PagedAttention a = {q.typed_data(), k.untyped_data(), v.untyped_data(),
+                            k_scale.typed_data(), v_scale.typed_data(), table.typed_data(),
+                            clamped.get(), out->typed_data(), partial.get(),
+                            kv_type(k.element_type()), batch, queries, heads, head_dim, kv_heads,
+                            block_len, table_len, pieces,
+                            1.0f / std::sqrt(static_cast<float>(head_dim))};
+  Pool& threads = pool();
+  threads.run(batch * kv_heads * pieces, [&](int64_t i) {
+    const int64_t group = i / pieces, piece = i % pieces;
+    if (piece * kPiece < clamped[group / kv_heads])
+      path->attend(a, group / kv_heads, group % kv_heads, piece);
+  });
+  const PlainFloats plain;
+  for (int64_t i = 0; i < batch * kv_heads; ++i) path->merge(a, i / kv_heads, i % kv_heads);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace internjax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxQuantMatmul, internjax::run_matmul,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<bool>("rounded")
+                                  .Attr<std::string_view>("path")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxPagedAttention, internjax::run_attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<std::string_view>("path")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+extern "C" {
+
+// The yardstick of benchmarks: reads `size` bytes in order, once, with the threads of the kernels.
+int32_t internjax_cpu_sweep(const uint8_t* bytes, int64_t size) {
+  const int64_t parts = 4 * internjax::pool().size();
+  std::atomic<int32_t> total{0};
+  internjax::pool().run(parts, [&](int64_t i) {
+    total += internjax::find_path("")->sweep(bytes, size * i / parts, size * (i + 1) / parts);
+  });
+  return total;
+}
+
+// The name of the path that runs by default, or null where INTERNJAX_CPU_PATH names none.
+const char* internjax_cpu_path(const char* name) {
+  const internjax::Path* path = internjax::find_path(name);
+  return path ? path->name : nullptr;
+}
+int internjax_cpu_threads() {
+  return internjax::pool().size();
+}
+void internjax_cpu_set_threads(int n) {
+  internjax::set_threads(n);
+}
+
+}  // extern "C"
