@@ -22,6 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 ROWS = 64  # of a matrix product of one warpgroup (PTX ISA, wgmma)
 COMPUTE = 2  # warpgroups that compute; one more copies
 TILE = COMPUTE * ROWS  # queries of a thread block
+# Of a thread, exchanged at the start: before, each has 65536 / 384, rounded down to eights: 168. If
+# two of one and one of the other were more than three times that, they would wait for ever.
+REGISTERS = {"compute": 240, "copy": 24}
 NEG = -1e30  # score of what is not seen: finite, so that a block without any seen key stays finite
 LOG2E = math.log2(math.e)
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -34,9 +37,9 @@ MATRIX, BY_ROW, BY_COLUMN = (
 
 @dataclass(frozen=True)
 class Blocks:
-    """Keys that a step works on, and how many steps' keys are in shared memory at one time."""
+    """Keys (or queries) of a step, and how many steps have theirs in shared memory at one time."""
 
-    keys: int
+    size: int
     stages: int
 
 
@@ -68,12 +71,62 @@ class Rule:
         return LOG2E * (self.soft_cap or self.scale)
 
 
-def shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the tiles that TMA writes and wgmma reads."""
+def shared(shape: tuple[int, ...], dtype: Any, *, rows: int = ROWS) -> Any:
+    """Shared memory in the tiles that TMA writes and wgmma reads.
+
+    Args:
+      rows: of a matrix in it; a tile is not wider, for then wgmma would not take its transpose.
+    """
     bits = jnp.finfo(dtype).bits
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = min(plgpu.find_swizzle(shape[-1] * bits), plgpu.find_swizzle(rows * bits))
     tiles = plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=tiles)
+
+
+def launch(
+    name: str,
+    body: Callable,
+    out_type: Any,
+    memory: dict[str, Any],
+    grid: tuple[int, int, int],
+    columns: int,
+    interpret: Any,
+) -> Callable:
+    """Returns the kernel, to be called with its inputs.
+
+    Args:
+      memory: shared memory and barriers by name; body gets them as keywords.
+      grid: batch, tiles, heads; heads change fastest, so that neighbours read the same keys.
+      columns: of the widest matrix that is multiplied from registers.
+    """
+    if interpret:
+        memory = memory | {"staging": shared((COMPUTE, ROWS, columns), jnp.bfloat16)}
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=memory,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=grid,
+        grid_names=("batch", "tile", "head"),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        kernel_name=name,
+        interpret=interpret,
+    )
+
+
+def by_role(wg: Array, compute: Callable[[], None], copy: Callable[[], None]) -> None:
+    """Runs `compute` in the first warpgroups and `copy` in the last, which gives up registers."""
+
+    @pl.when(wg < COMPUTE)
+    def _():
+        plgpu.set_max_registers(REGISTERS["compute"], action="increase")
+        compute()
+
+    @pl.when(wg == COMPUTE)
+    def _():
+        plgpu.set_max_registers(REGISTERS["copy"], action="decrease")
+        copy()
 
 
 def broadcast(x: Array, shape: tuple[int, int], axis: int = 0) -> Array:
@@ -226,7 +279,7 @@ def forward(
     """
     B, T, N, H = q.shape
     G, blocks, tiles = N // k.shape[2], FORWARD[H], T // TILE
-    C, stages = blocks.keys, blocks.stages
+    C, stages = blocks.size, blocks.stages
     packed = ids is not None
     bounds = key_bounds(T, rule, ids, C)
 
@@ -244,7 +297,6 @@ def forward(
         slot_of = lambda t: lax.rem(t, jnp.int32(stages))  # noqa: E731
 
         def compute():
-            plgpu.set_max_registers(232, action="increase")
             q_sm, lse_sm, q_ready = (memory[x].at[wg] for x in ("q", "lse", "q_ready"))
             staging = memory["staging"].at[wg] if interpret else None
             start = tile * TILE + wg * ROWS
@@ -312,8 +364,6 @@ def forward(
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
-
             def load(t: Array, _: None) -> None:
                 slot, again = slot_of(t), t >= stages
                 keys = pl.ds((first + t) * C, C)
@@ -327,8 +377,7 @@ def forward(
 
             lax.fori_loop(0, steps, load, None)
 
-        pl.when(wg < COMPUTE)(compute)
-        pl.when(wg == COMPUTE)(copy)
+        by_role(wg, compute, copy)
 
     pieces = 1 + packed  # copies that a barrier waits for
     memory = {
@@ -346,20 +395,9 @@ def forward(
     if packed:
         memory["ids"] = plgpu.SMEM((COMPUTE, ROWS), jnp.int32)
         memory["key_ids"] = plgpu.SMEM((stages, C), jnp.int32)
-    if interpret:
-        memory["staging"] = shared((COMPUTE, ROWS, C), q.dtype)
-    return plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-        ),
-        scratch_types=memory,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(B, tiles, N),
-        grid_names=("batch", "tile", "head"),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        kernel_name="flash_forward",
-        interpret=interpret,
-    )(bounds, q, k, v, *([ids] if packed else []))
+    out_type = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+    )
+    run = launch("flash_forward", body, out_type, memory, (B, tiles, N), C, interpret)
+    return run(bounds, q, k, v, *([ids] if packed else []))

@@ -2,9 +2,10 @@
 
 Scores are made again from the normaliser (arXiv:2205.14135). Each kernel adds up what it alone
 writes, so gradients are the same in every run; the price is that two of seven matrix products are
-made twice. The work of warpgroups and their turns are as in the forward kernel.
+made twice. Two warpgroups compute and a third one copies, as in the forward kernel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,31 +27,20 @@ from internjax.kernels.flash import (
     Rule,
     bent,
     broadcast,
+    by_role,
     filled,
     key_bounds,
+    launch,
     products,
     query_bounds,
     shared,
     where_seen,
 )
 
-FOR_QUERIES = {
-    64: Blocks(64, 4),
-    80: Blocks(64, 4),
-    96: Blocks(64, 4),
-    128: Blocks(64, 3),
-    256: Blocks(32, 2),
-}
-FOR_KEYS = {
-    64: Blocks(64, 4),
-    80: Blocks(64, 3),
-    96: Blocks(64, 3),
-    128: Blocks(64, 2),
-    256: Blocks(32, 2),
-}
-APART = (
-    256  # head size whose gradients of keys and of values are too large for one thread's registers
-)
+FOR_QUERIES = {64: Blocks(64, 4), 80: Blocks(64, 4), 96: Blocks(64, 4), 128: Blocks(64, 3)}
+FOR_KEYS = {64: Blocks(64, 4), 80: Blocks(64, 3), 96: Blocks(64, 3), 128: Blocks(64, 2)}
+# 256: the gradients of keys and of values together are more than the registers of a thread.
+FOR_QUERIES[256] = FOR_KEYS[256] = APART = Blocks(32, 2)
 
 
 def backward(
@@ -67,10 +57,10 @@ def backward(
     """Returns the gradients of q, k, v; `out` and `lse` are what `forward` returned."""
     inner = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)
     args = (q, k, v, ids, g, lse * LOG2E, inner, rule, interpret)
-    if q.shape[-1] < APART:
-        g_k, g_v = of_keys(*args)
-    else:
+    if FOR_KEYS[q.shape[-1]] is APART:
         (g_k,), (g_v,) = of_keys(*args, want=("k",)), of_keys(*args, want=("v",))
+    else:
+        g_k, g_v = of_keys(*args)
     return of_queries(*args), g_k, g_v
 
 
@@ -83,7 +73,7 @@ def of_queries(
     lse: Float[Array, "B N T"],
     inner: Float[Array, "B N T"],
     rule: Rule,
-    interpret: Any,
+    interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
     """Returns the gradient of q.
 
@@ -92,136 +82,87 @@ def of_queries(
     """
     B, T, N, H = q.shape
     G, blocks, tiles = N // k.shape[2], FOR_QUERIES[H], T // TILE
-    C, stages, packed = blocks.keys, blocks.stages, ids is not None
+    C, stages, packed = blocks.size, blocks.stages, ids is not None
     bounds = key_bounds(T, rule, ids, C)
 
     def body(bounds_gm, q_gm, k_gm, v_gm, g_gm, lse_gm, inner_gm, *rest, **memory):
         *ids_gm, out_gm = rest
         b, n, wg = (lax.axis_index(name) for name in ("batch", "head", "wg"))
         tile = tiles - 1 - lax.axis_index("tile")  # the longest first
-        kv = lax.div(n, jnp.int32(G))
-        segment_set = b if bounds.shape[0] > 1 else 0
-        first, clear = bounds_gm[segment_set, 0, tile], bounds_gm[segment_set, 1, tile]
+        first = bounds_gm[b if bounds.shape[0] > 1 else 0, 0, tile]
         steps = pl.cdiv((tile + 1) * TILE, jnp.int32(C)) - first
-        k_sm, v_sm, k_ready, v_ready = (memory[x] for x in ("k", "v", "k_ready", "v_ready"))
-        k_free, v_free, turn = (memory[x] for x in ("k_free", "v_free", "turn"))
+        k_sm, v_sm, ready, free = (memory[x] for x in ("k", "v", "ready", "free"))
         slot_of = lambda t: lax.rem(t, jnp.int32(stages))  # noqa: E731
 
         def compute():
-            plgpu.set_max_registers(232, action="increase")
-            q_sm, g_sm, ready = (memory[x].at[wg] for x in ("q", "g", "ready"))
+            names = "q", "g", "lse", "inner", "queries_ready"
+            q_sm, g_sm, lse_sm, inner_sm, queries_ready = (memory[x].at[wg] for x in names)
             staging = memory["staging"].at[wg] if interpret else None
             start = tile * TILE + wg * ROWS
             here = pl.ds(start, ROWS)
-            plgpu.copy_gmem_to_smem(q_gm.at[b, here, n], q_sm, ready)
-            plgpu.copy_gmem_to_smem(g_gm.at[b, here, n], g_sm, ready)
-            plgpu.copy_gmem_to_smem(lse_gm.at[b, n, here], memory["lse"].at[wg], ready)
-            plgpu.copy_gmem_to_smem(inner_gm.at[b, n, here], memory["inner"].at[wg], ready)
+            plgpu.copy_gmem_to_smem(q_gm.at[b, here, n], q_sm, queries_ready)
+            plgpu.copy_gmem_to_smem(g_gm.at[b, here, n], g_sm, queries_ready)
+            plgpu.copy_gmem_to_smem(lse_gm.at[b, n, here], lse_sm, queries_ready)
+            plgpu.copy_gmem_to_smem(inner_gm.at[b, n, here], inner_sm, queries_ready)
             if packed:
-                plgpu.copy_gmem_to_smem(ids_gm[0].at[b, here], memory["ids"].at[wg], ready)
-            plgpu.barrier_wait(ready)
-            full = (start + 1) // C  # blocks before it are before every query
+                ids_sm = memory["ids"].at[wg]
+                plgpu.copy_gmem_to_smem(ids_gm[0].at[b, here], ids_sm, queries_ready)
+            plgpu.barrier_wait(queries_ready)
+            zero = filled(0.0, (ROWS, C), MATRIX)
 
-            def pass_turn():
-                plgpu.barrier_arrive(turn.at[1 - wg])
-
-            def next_products(t: Array, *terms: tuple) -> list[Array]:
-                """Multiplies what is given, and q and g with step t, in this one's turn."""
-                slot, zero = slot_of(t), filled(0.0, (ROWS, C), MATRIX)
-                plgpu.barrier_wait(k_ready.at[slot])
-                plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(turn.at[wg])
+            def step(t: Array, acc: Array) -> Array:
+                slot = slot_of(t)
+                plgpu.barrier_wait(ready.at[slot])
                 of_q = zero, q_sm, k_sm.at[slot].transpose((1, 0))
                 of_g = zero, g_sm, v_sm.at[slot].transpose((1, 0))
-                return products(of_q, of_g, *terms, staging=staging, after=pass_turn)
+                scores, of_weights = products(of_q, of_g, staging=staging)
+                ids = (ids_sm, memory["key_ids"].at[slot]) if packed else None
+                hide = lambda w: where_seen(w, 0.0, rule, (start, (first + t) * C), ids)  # noqa: E731
+                weights, slope = weights_of(scores, lse_sm, rule, hide, query_axis=0)
+                change = through_softmax(weights, slope, of_weights, inner_sm, query_axis=0)
+                (acc,) = products((acc, change.astype(q.dtype), k_sm.at[slot]), staging=staging)
+                plgpu.barrier_arrive(free.at[slot])
+                return acc
 
-            def scores_gradient(t: Array, scores: Array, of_weights: Array) -> Array:
-                slot, block, shape = slot_of(t), first + t, scores.shape
-                scores, slope = bent(scores, rule)
-                lse = plgpu.load(memory["lse"].at[wg], layout=BY_ROW)
-                weights = jnp.exp2(scores * rule.factor - broadcast(lse, shape))
-
-                def hide(weights: Array) -> Array:
-                    ids = (memory["ids"].at[wg], memory["key_ids"].at[slot]) if packed else None
-                    return where_seen(weights, 0.0, rule, (start, block * C), ids)
-
-                masked = (block < clear) | (block >= full)
-                weights = lax.cond(masked, hide, lambda w: w, weights)
-                plgpu.barrier_arrive(v_free.at[slot])
-                inner = plgpu.load(memory["inner"].at[wg], layout=BY_ROW)
-                out = weights * (of_weights - broadcast(inner, shape))
-                return (out if slope is None else out * slope).astype(q.dtype)
-
-            def step(t: Array, carry: tuple) -> tuple:
-                acc, scores, of_weights = carry
-                slot = slot_of(t - 1)
-                change = scores_gradient(t - 1, scores, of_weights)
-                scores, of_weights, acc = next_products(t, (acc, change, k_sm.at[slot]))
-                plgpu.barrier_arrive(k_free.at[slot])
-                return acc, scores, of_weights
-
-            pl.when(wg == 1)(pass_turn)  # the other one begins
-            carry = filled(0.0, (ROWS, H), MATRIX), *next_products(jnp.int32(0))
-            acc, scores, of_weights = lax.fori_loop(1, steps, step, carry)
-            change = scores_gradient(steps - 1, scores, of_weights)
-            plgpu.barrier_wait(turn.at[wg])
-            (acc,) = products((acc, change, k_sm.at[slot_of(steps - 1)]), staging=staging)
-            pl.when(wg == 0)(pass_turn)
+            acc = lax.fori_loop(0, steps, step, filled(0.0, (ROWS, H), MATRIX))
             q_sm[...] = (acc * rule.scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_sm, out_gm.at[b, here, n])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
+            kv = lax.div(n, jnp.int32(G))
 
             def load(t: Array, _: None) -> None:
-                slot, again = slot_of(t), t >= stages
-                keys = pl.ds((first + t) * C, C)
-                pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_gm.at[b, keys, kv], k_sm.at[slot], k_ready.at[slot])
-                pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_gm.at[b, keys, kv], v_sm.at[slot], v_ready.at[slot])
+                slot, keys = slot_of(t), pl.ds((first + t) * C, C)
+                pl.when(t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(k_gm.at[b, keys, kv], k_sm.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(v_gm.at[b, keys, kv], v_sm.at[slot], ready.at[slot])
                 if packed:
                     key_ids = memory["key_ids"].at[slot]
-                    plgpu.copy_gmem_to_smem(ids_gm[0].at[b, keys], key_ids, v_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(ids_gm[0].at[b, keys], key_ids, ready.at[slot])
 
             lax.fori_loop(0, steps, load, None)
 
-        pl.when(wg < COMPUTE)(compute)
-        pl.when(wg == COMPUTE)(copy)
+        by_role(wg, compute, copy)
 
     memory = {
-        "q": shared((COMPUTE, ROWS, H), q.dtype),
-        "g": shared((COMPUTE, ROWS, H), q.dtype),
-        "k": shared((stages, C, H), q.dtype),
-        "v": shared((stages, C, H), q.dtype),
+        "q": shared((COMPUTE, ROWS, H), q.dtype, rows=C),
+        "g": shared((COMPUTE, ROWS, H), q.dtype, rows=C),
+        "k": shared((stages, C, H), q.dtype, rows=C),
+        "v": shared((stages, C, H), q.dtype, rows=C),
         "lse": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
         "inner": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-        "ready": plgpu.Barrier(num_arrivals=4 + packed, num_barriers=COMPUTE),
-        "k_ready": plgpu.Barrier(num_barriers=stages),
-        "v_ready": plgpu.Barrier(num_arrivals=1 + packed, num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-        "turn": plgpu.Barrier(num_barriers=COMPUTE),
+        "queries_ready": plgpu.Barrier(num_arrivals=4 + packed, num_barriers=COMPUTE),
+        "ready": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
     }
     if packed:
         memory["ids"] = plgpu.SMEM((COMPUTE, ROWS), jnp.int32)
         memory["key_ids"] = plgpu.SMEM((stages, C), jnp.int32)
-    if interpret:
-        memory["staging"] = shared((COMPUTE, ROWS, C), q.dtype)
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=memory,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(B, tiles, N),
-        grid_names=("batch", "tile", "head"),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        kernel_name="flash_backward_queries",
-        interpret=interpret,
-    )(bounds, q, k, v, g, lse, inner, *([ids] if packed else []))
+    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    run = launch("flash_backward_q", body, out_type, memory, (B, tiles, N), C, interpret)
+    return run(bounds, q, k, v, g, lse, inner, *([ids] if packed else []))
 
 
 def of_keys(
@@ -233,135 +174,142 @@ def of_keys(
     lse: Float[Array, "B N T"],
     inner: Float[Array, "B N T"],
     rule: Rule,
-    interpret: Any,
+    interpret: Any = None,
     *,
     want: tuple[str, ...] = ("k", "v"),
 ) -> list[Float[Array, "B T K H"]]:
-    """Returns the gradients of k and v, or of one of them; arguments as in `of_queries`."""
+    """Returns the gradients of k and v, or of one of them; arguments as in `of_queries`.
+
+    Rows of its matrices are keys, columns are queries: those of all heads that read the keys.
+    """
     B, T, N, H = q.shape
     K = k.shape[2]
     G, blocks, tiles = N // K, FOR_KEYS[H], T // TILE
-    C, stages, packed = blocks.keys, blocks.stages, ids is not None
+    C, stages, packed = blocks.size, blocks.stages, ids is not None
     bounds = query_bounds(T, rule, ids, C)
 
     def body(bounds_gm, q_gm, k_gm, v_gm, g_gm, lse_gm, inner_gm, *rest, **memory):
         ids_gm, outs_gm = rest[:packed], rest[packed:]
         b, kv, tile, wg = (lax.axis_index(name) for name in ("batch", "head", "tile", "wg"))
-        segment_set = b if bounds.shape[0] > 1 else 0
-        end, clear = bounds_gm[segment_set, 0, tile], bounds_gm[segment_set, 1, tile]
-        first = tile * TILE // C
-        each = end - first  # blocks of queries of a head
-        steps = each * G
-        q_sm, g_sm, q_ready, g_ready = (memory[x] for x in ("q", "g", "q_ready", "g_ready"))
-        q_free, g_free = memory["q_free"], memory["g_free"]
+        end = bounds_gm[b if bounds.shape[0] > 1 else 0, 0, tile]
+        first = tile * (TILE // C)
+        each = end - first  # steps of a head
+        q_sm, g_sm, ready, free = (memory[x] for x in ("q", "g", "ready", "free"))
         slot_of = lambda t: lax.rem(t, jnp.int32(stages))  # noqa: E731
-        block_of = lambda t: first + lax.rem(t, each)  # noqa: E731
+
+        def each_step(run: Callable, carry: Any) -> Any:
+            """Runs `carry = run(t, head, first query, carry)` over all heads and their queries."""
+
+            def of_head(i: Array, carry: Any) -> Any:
+                def of_block(j: Array, carry: Any) -> Any:
+                    return run(i * each + j, kv * G + i, (first + j) * C, carry)
+
+                return lax.fori_loop(0, each, of_block, carry)
+
+            return lax.fori_loop(0, G, of_head, carry)
 
         def compute():
-            plgpu.set_max_registers(232, action="increase")
-            k_sm, v_sm, ready = (memory[x].at[wg] for x in ("k", "v", "ready"))
+            k_sm, v_sm, keys_ready = (memory[x].at[wg] for x in ("k", "v", "keys_ready"))
             staging = memory["staging"].at[wg] if interpret else None
             start = tile * TILE + wg * ROWS
             here = pl.ds(start, ROWS)
-            plgpu.copy_gmem_to_smem(k_gm.at[b, here, kv], k_sm, ready)
-            plgpu.copy_gmem_to_smem(v_gm.at[b, here, kv], v_sm, ready)
+            plgpu.copy_gmem_to_smem(k_gm.at[b, here, kv], k_sm, keys_ready)
+            plgpu.copy_gmem_to_smem(v_gm.at[b, here, kv], v_sm, keys_ready)
             if packed:
-                plgpu.copy_gmem_to_smem(ids_gm[0].at[b, here], memory["ids"].at[wg], ready)
-            plgpu.barrier_wait(ready)
+                ids_sm = memory["ids"].at[wg]
+                plgpu.copy_gmem_to_smem(ids_gm[0].at[b, here], ids_sm, keys_ready)
+            plgpu.barrier_wait(keys_ready)
             zero = filled(0.0, (ROWS, C), MATRIX)
 
-            def step(t: Array, sums: list[Array]) -> list[Array]:
-                slot, block, shape = slot_of(t), block_of(t), (ROWS, C)
-                plgpu.barrier_wait(q_ready.at[slot])
-                plgpu.barrier_wait(g_ready.at[slot])
-                of_q = zero, k_sm, q_sm.at[slot].transpose((1, 0))
-                of_g = zero, v_sm, g_sm.at[slot].transpose((1, 0))
+            def step(t: Array, n: Array, query: Array, sums: list[Array]) -> list[Array]:
+                slot = slot_of(t)
+                plgpu.barrier_wait(ready.at[slot])
+                terms = [(zero, k_sm, q_sm.at[slot].transpose((1, 0)))]
                 if "k" in want:
-                    scores, of_weights = products(of_q, of_g, staging=staging)
-                else:
-                    (scores,) = products(of_q, staging=staging)
-                scores, slope = bent(scores, rule)
-                lse = plgpu.load(memory["lse"].at[slot], layout=BY_COLUMN)
-                weights = jnp.exp2(scores * rule.factor - broadcast(lse, shape, 1))
-
-                def hide(weights: Array) -> Array:
-                    ids = (memory["query_ids"].at[slot], memory["ids"].at[wg]) if packed else None
-                    return where_seen(weights, 0.0, rule, (block * C, start), ids, query_axis=1)
-
-                masked = (block >= clear) | (block * C < start + ROWS - 1)
-                weights = lax.cond(masked, hide, lambda w: w, weights)
+                    terms.append((zero, v_sm, g_sm.at[slot].transpose((1, 0))))
+                scores, *of_weights = products(*terms, staging=staging)
+                ids = (memory["query_ids"].at[slot], ids_sm) if packed else None
+                hide = lambda w: where_seen(w, 0.0, rule, (query, start), ids, query_axis=1)  # noqa: E731
+                lse_sm, inner_sm = memory["lse"].at[slot], memory["inner"].at[slot]
+                weights, slope = weights_of(scores, lse_sm, rule, hide, query_axis=1)
                 terms = []
                 if "k" in want:
-                    inner = plgpu.load(memory["inner"].at[slot], layout=BY_COLUMN)
-                    change = weights * (of_weights - broadcast(inner, shape, 1))
-                    change = change if slope is None else change * slope
+                    change = through_softmax(weights, slope, *of_weights, inner_sm, query_axis=1)
                     terms.append((sums[0], change.astype(q.dtype), q_sm.at[slot]))
                 if "v" in want:
                     terms.append((sums[-1], weights.astype(q.dtype), g_sm.at[slot]))
                 sums = products(*terms, staging=staging)
-                plgpu.barrier_arrive(q_free.at[slot])
-                plgpu.barrier_arrive(g_free.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
                 return sums
 
             sums = [filled(0.0, (ROWS, H), MATRIX) for _ in want]
-            sums = lax.fori_loop(0, steps, step, sums)
-            for name, sum_, ref, out in zip(want, sums, (k_sm, v_sm), outs_gm, strict=False):
-                ref[...] = (sum_ * rule.scale if name == "k" else sum_).astype(q.dtype)
+            sums = each_step(step, sums)
+            for name, total, out_gm in zip(want, sums, outs_gm, strict=True):
+                out_sm = {"k": k_sm, "v": v_sm}[name]
+                out_sm[...] = (total * rule.scale if name == "k" else total).astype(q.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(ref, out.at[b, here, kv])
+                plgpu.copy_smem_to_gmem(out_sm, out_gm.at[b, here, kv])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def load(t: Array, _: None) -> None:
-                slot, again = slot_of(t), t >= stages
-                n = kv * G + lax.div(t, each)
-                queries = pl.ds(block_of(t) * C, C)
-                pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                ready = q_ready.at[slot]
-                plgpu.copy_gmem_to_smem(q_gm.at[b, queries, n], q_sm.at[slot], ready)
-                plgpu.copy_gmem_to_smem(lse_gm.at[b, n, queries], memory["lse"].at[slot], ready)
+            def load(t: Array, n: Array, query: Array, _: None) -> None:
+                slot, queries = slot_of(t), pl.ds(query, C)
+                here = ready.at[slot]
+                lse_sm, inner_sm = memory["lse"].at[slot], memory["inner"].at[slot]
+                pl.when(t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(q_gm.at[b, queries, n], q_sm.at[slot], here)
+                plgpu.copy_gmem_to_smem(g_gm.at[b, queries, n], g_sm.at[slot], here)
+                plgpu.copy_gmem_to_smem(lse_gm.at[b, n, queries], lse_sm, here)
+                plgpu.copy_gmem_to_smem(inner_gm.at[b, n, queries], inner_sm, here)
                 if packed:
                     query_ids = memory["query_ids"].at[slot]
-                    plgpu.copy_gmem_to_smem(ids_gm[0].at[b, queries], query_ids, ready)
-                pl.when(again)(lambda: plgpu.barrier_wait(g_free.at[slot]))
-                ready = g_ready.at[slot]
-                plgpu.copy_gmem_to_smem(g_gm.at[b, queries, n], g_sm.at[slot], ready)
-                plgpu.copy_gmem_to_smem(inner_gm.at[b, n, queries], memory["inner"].at[slot], ready)
+                    plgpu.copy_gmem_to_smem(ids_gm[0].at[b, queries], query_ids, here)
 
-            lax.fori_loop(0, steps, load, None)
+            each_step(load, None)
 
-        pl.when(wg < COMPUTE)(compute)
-        pl.when(wg == COMPUTE)(copy)
+        by_role(wg, compute, copy)
 
     memory = {
-        "k": shared((COMPUTE, ROWS, H), q.dtype),
-        "v": shared((COMPUTE, ROWS, H), q.dtype),
-        "q": shared((stages, C, H), q.dtype),
-        "g": shared((stages, C, H), q.dtype),
+        "k": shared((COMPUTE, ROWS, H), q.dtype, rows=C),
+        "v": shared((COMPUTE, ROWS, H), q.dtype, rows=C),
+        "q": shared((stages, C, H), q.dtype, rows=C),
+        "g": shared((stages, C, H), q.dtype, rows=C),
         "lse": plgpu.SMEM((stages, C), jnp.float32),
         "inner": plgpu.SMEM((stages, C), jnp.float32),
-        "ready": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=COMPUTE),
-        "q_ready": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=stages),
-        "g_ready": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "q_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-        "g_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        "keys_ready": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=COMPUTE),
+        "ready": plgpu.Barrier(num_arrivals=4 + packed, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
     }
     if packed:
         memory["ids"] = plgpu.SMEM((COMPUTE, ROWS), jnp.int32)
         memory["query_ids"] = plgpu.SMEM((stages, C), jnp.int32)
-    if interpret:
-        memory["staging"] = shared((COMPUTE, ROWS, C), q.dtype)
-    return plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in want],
-        scratch_types=memory,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(B, tiles, K),
-        grid_names=("batch", "tile", "head"),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        kernel_name="_".join(["flash_backward", *want]),
-        interpret=interpret,
-    )(bounds, q, k, v, g, lse, inner, *([ids] if packed else []))
+    out_type = [jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in want]
+    name = "_".join(["flash_backward", *want])
+    run = launch(name, body, out_type, memory, (B, tiles, K), C, interpret)
+    return run(bounds, q, k, v, g, lse, inner, *([ids] if packed else []))
+
+
+def weights_of(
+    scores: Array, lse: Any, rule: Rule, hide: Callable[[Array], Array], *, query_axis: int
+) -> tuple[Array, Array | None]:
+    """Returns the weights of a block of products q k, and the derivative of the soft cap.
+
+    Args:
+      lse: shared memory with log2 of the normaliser of each query; hide: zeroes what is not seen.
+    """
+    scores, slope = bent(scores, rule)
+    lse = broadcast(_of_queries(lse, query_axis), scores.shape, query_axis)
+    return hide(jnp.exp2(scores * rule.factor - lse)), slope
+
+
+def through_softmax(
+    weights: Array, slope: Array | None, of_weights: Array, inner: Any, *, query_axis: int
+) -> Array:
+    """Returns the gradient of a block of products q k, but for `rule.scale`."""
+    inner = broadcast(_of_queries(inner, query_axis), weights.shape, query_axis)
+    change = weights * (of_weights - inner)
+    return change if slope is None else change * slope
+
+
+def _of_queries(ref: Any, query_axis: int) -> Array:
+    return plgpu.load(ref, layout=(BY_ROW, BY_COLUMN)[query_axis])
