@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # sm_90, as `jax.Device.device_kind` names them
 EXTRAS = {"tokamax": "tokamax"}  # implementation -> the extra that installs its package
-PUBLIC = (None, "xla", "pallas", "cudnn", "tokamax", "cpu")
 
 
 @dataclass(frozen=True)
