@@ -1,0 +1,325 @@
+"""The matrix product of every quantized format on Hopper: wgmma fed by TMA, scales in between.
+
+y[m, o] = sum over groups t of col[t, m] row[t, o] (sum over i in t of x[m, i] w[o, i]
+                                                    - zero[t, o] sums[t, m])
+The weight is wgmma's first operand, so outputs lie along its 64 rows and a small batch wastes
+nothing: the product comes out transposed and is turned back on its way through shared memory.
+Knows layouts and tiles, no formats: those are in `quant_matmul`. PTX ISA 9.7.15 describes wgmma.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number an output, as an accumulator's rows lie
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one number a token
+FEW = (8, 16, 32, 64)  # tokens of a tile when there are few
+MOST_SPLITS = 8
+MULTIPROCESSORS = 132  # of an H100 SXM
+SHARED_BYTES = 220 * 1024  # of a block, a little left for barriers and factors
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the product is cut.
+
+    Fields:
+      tokens, outs, depth: of a tile; `outs` of one warpgroup.
+      warpgroups: 1 computes and fetches; 2 compute while a third fetches.
+      stages: tiles in flight.
+      splits: parts of the depth that different blocks add up, in float32.
+    """
+
+    tokens: int
+    outs: int
+    depth: int
+    warpgroups: int
+    stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The factors of the formula above; None leaves one out. T is 1 or I / group.
+
+    Fields:
+      row, zero: `[E, T, O]`, float32 or float16; col, sums: `[T, M]` float32.
+    """
+
+    row: Array | None = None
+    zero: Array | None = None
+    col: Array | None = None
+    sums: Array | None = None
+
+
+def choose_tiles(
+    tokens: int, outs: int, depth: int, *, bits: tuple[int, int], expands: bool, whole: bool
+) -> Tiles:
+    """Picks the tiles of a product of so many tokens, outputs and inputs.
+
+    Few tokens: small tiles, and enough splits of the depth that every SM has two blocks, whose
+    loads hide each other's latency. Many: two computing warpgroups, so weights are read once for
+    128 tokens; with half as many outputs where partial sums need registers of their own.
+
+    Args:
+      bits: of an element of the tokens and of the weights.
+      expands: weights become bfloat16 in registers; whole: one group is all of the depth.
+    """
+    step = 64 if min(bits) >= 16 else 128
+    if tokens <= FEW[-1] or outs % 128:
+        batch = next((n for n in FEW if tokens <= n), FEW[-1])
+        splits, steps, blocks = 1, depth // step, outs // 64 * -(-tokens // batch)
+        while splits < MOST_SPLITS and blocks * splits < 2 * MULTIPROCESSORS:
+            if steps % (2 * splits):
+                break
+            splits *= 2
+        return Tiles(batch, 64, step, 1, 4, splits)
+    wide = 128 if (expands or whole) and outs % 256 == 0 else 64
+    stage = step * (128 * bits[0] + 2 * wide * bits[1]) // 8
+    return Tiles(128, wide, step, 2, min(4, (SHARED_BYTES - 2 * wide * 128 * 2) // stage))
+
+
+def swizzled(bits: int, columns: int) -> tuple:
+    """The transforms of a shared tile with `columns` of `bits`: wgmma reads no others."""
+    swizzle = plgpu.find_swizzle(columns * bits)
+    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+
+
+def scaled_matmul(
+    x: Array,
+    w: Array,
+    scaling: Scaling,
+    *,
+    owner: Array | None = None,
+    used: Array | None = None,
+    input_major: bool = False,
+    out_dtype,
+    tiles: Tiles,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Array:
+    """Computes the product at the head of this file, `[M, O]`.
+
+    Args:
+      x: `[M, I]`, M a multiple of `tiles.tokens`; in the dtype that wgmma multiplies.
+      w: `[E, O, I]`; int4 and int8 become bfloat16 in registers when x is bfloat16.
+      owner: expert of every tile of tokens, `[M / tiles.tokens]`; left out when E is 1.
+      used: tiles of tokens that count, the first ones, `[1]`; the others give 0.
+      input_major: w is `[E, I, O]`, in 16 bits.
+      interpret: runs on a CPU, block by block.
+    """
+    (M, I), O = x.shape, w.shape[2 if input_major else 1]
+    given = dict(x=x, w=w, **vars(scaling), owner=owner, used=used)
+    given = {name: value for name, value in given.items() if value is not None}
+    factors = [name for name in vars(scaling) if name in given]
+    T = scaling.row.shape[1] if scaling.row is not None else 1
+    group = I // T if T > 1 else tiles.depth  # inputs whose sum is scaled at one time
+    groups = tiles.depth // group
+    many, outs, tokens = tiles.warpgroups == 2, tiles.outs, tiles.tokens
+    width = outs * tiles.warpgroups
+    in_registers = x.dtype == jnp.bfloat16 and jnp.issubdtype(w.dtype, jnp.integer)
+    # Many tokens: cheaper to scale the weights than the sums, and the tensor cores never wait.
+    expand = many and in_registers and T > 1
+    kept = many and (T == 1 or expand)  # one accumulator through all steps
+    piped = ["x", "w", *(factors if T > 1 else [])]
+    turned, sum_dtype = (outs, tokens), jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    steps = I // tiles.depth // tiles.splits
+    out = jax.ShapeDtypeStruct((M, O), out_dtype)
+    if tiles.splits > 1:
+        out = jax.ShapeDtypeStruct((tiles.splits, O, M), jnp.float32)  # 32 bits do not turn
+
+    def body(*refs, out_sm, late, staged, barrier):
+        gm, out_gm = dict(zip(given, refs[:-1], strict=True)), refs[-1]
+        m, o, s = (lax.axis_index(name) for name in "mos")
+        wg = lax.axis_index("wg") if many else 0
+        own = pl.ds(wg * outs, outs)  # this warpgroup's outputs within the tile
+        expert = gm["owner"][m] if "owner" in gm else 0
+
+        def down(ref, columns: int):  # one number an output, over the columns of a tile
+            values = plgpu.load(ref, layout=ROWS).astype(jnp.float32)
+            return lax.broadcast_in_dim(values, (outs, columns), (0,))
+
+        def across(ref):  # one number a token
+            return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMNS), turned, (1,))
+
+        def scaled(part, sm, n, own):
+            part = part.astype(jnp.float32)
+            if "zero" in sm:
+                part -= down(sm["zero"].at[n, own], tokens) * across(sm["sums"].at[n])
+            if "row" in sm:
+                part *= down(sm["row"].at[n, own], tokens)
+            if "col" in sm:
+                part *= across(sm["col"].at[n])
+            return part
+
+        def weights(sm, values, n):
+            """The weights of a group, as wgmma's first operand."""
+            columns = pl.ds(n * group, group)
+            if values is None:
+                tile = sm["w"]
+                return (
+                    tile.at[columns, own].transpose((1, 0))
+                    if input_major
+                    else tile.at[own, columns]
+                )
+            values = values[:, n * group : (n + 1) * group].astype(x.dtype)
+            if expand:
+                values = values.astype(jnp.float32)
+                if "zero" in sm:
+                    values -= down(sm["zero"].at[n, own], group)
+                values = (values * down(sm["row"].at[n, own], group)).astype(x.dtype)
+            if interpret is None:
+                return values
+            staged[wg, :, columns] = values  # wgmma is interpreted with shared operands only
+            plgpu.commit_smem()
+            return staged.at[wg, :, columns]
+
+        def step(_, *args):
+            sm, carry = dict(zip(piped, args[:-1], strict=True)), args[-1]
+            values = sm["w"][own, :] if in_registers else None
+            for n in range(groups):
+                tokens_sm = sm["x"].at[:, pl.ds(n * group, group)].transpose((1, 0))
+                if kept:
+                    plgpu.wgmma(carry, weights(sm, values, n), tokens_sm)
+                    continue
+
+                def product(acc, n=n, tokens_sm=tokens_sm):
+                    plgpu.wgmma(acc, weights(sm, values, n), tokens_sm)
+                    plgpu.wgmma_wait(0)
+                    return acc[...]
+
+                part = pl.run_scoped(product, plgpu.ACC(turned, sum_dtype))
+                carry = carry + (scaled(part, sm, n, own) if T > 1 else part)
+            if kept:  # registers are written again in the next step, shared tiles one step later
+                plgpu.wgmma_wait(0 if in_registers else 1)
+            return carry
+
+        def store(total):
+            if T == 1 and factors:
+                total = scaled(
+                    total, {name: late[name].at[wg] for name in factors}, 0, pl.ds(0, outs)
+                )
+            here, there = pl.ds(m * tokens, tokens), pl.ds(o * width + wg * outs, outs)
+            if tiles.splits > 1:
+                out_sm[wg] = total.astype(out.dtype)
+                target = out_gm.at[s, there, here]
+            else:
+                out_sm.at[wg].transpose((1, 0))[...] = total.astype(out.dtype)
+                target = out_gm.at[here, there]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_sm.at[wg], target)
+            plgpu.wait_smem_to_gmem(0)
+
+        def fetch_late():
+            if T > 1:
+                return
+            for name in factors:
+                part = (pl.ds(0, 1), pl.ds(o * width + wg * outs, outs))
+                part = (pl.ds(0, 1), pl.ds(m * tokens, tokens)) if name in ("col", "sums") else part
+                source = gm[name].at[expert] if name in ("row", "zero") else gm[name]
+                plgpu.copy_gmem_to_smem(source.at[*part], late[name].at[wg], barrier.at[wg])
+            if factors:
+                plgpu.barrier_wait(barrier.at[wg])
+
+        def zeros():
+            return plgpu.layout_cast(jnp.zeros(turned, sum_dtype), plgpu.Layout.WGMMA)
+
+        def compute():
+            first = s * steps
+            place = dict(
+                x=((tokens, tiles.depth), lambda t: (m, first + t)),
+                w=((width, tiles.depth), lambda t: (o, first + t)),
+                row=((groups, width), lambda t: (first + t, o)),
+                col=((groups, tokens), lambda t: (first + t, m)),
+            )
+            if input_major:
+                place["w"] = (tiles.depth, width), lambda t: (first + t, o)
+            place |= dict(zero=place["row"], sums=place["col"])
+            columns = outs if input_major else tiles.depth if in_registers else group
+            transforms = dict(x=swizzled(bits(x), group), w=swizzled(bits(w), columns))
+            delay = 1 if kept and not in_registers else 0
+            specs = [
+                plgpu.BlockSpec(*place[n], transforms=transforms.get(n, ()), delay_release=delay)
+                for n in piped
+            ]
+            sources = [gm[n].at[expert] if n in ("w", "row", "zero") else gm[n] for n in piped]
+            if not many:
+                total = plgpu.emit_pipeline(
+                    step,
+                    grid=(steps,),
+                    in_specs=specs,
+                    max_concurrent_steps=tiles.stages,
+                    init_carry=zeros(),
+                )(*sources)
+                fetch_late()
+                store(total)
+                return
+
+            def context(pipeline):
+                def accumulate(acc):
+                    pipeline(acc)
+                    return acc[...]
+
+                fetch_late()
+                total = (
+                    pl.run_scoped(accumulate, plgpu.ACC(turned, sum_dtype))
+                    if kept
+                    else pipeline(zeros())
+                )
+                store(total)
+
+            plgpu.emit_pipeline_warp_specialized(
+                step,
+                grid=(steps,),
+                in_specs=specs,
+                max_concurrent_steps=tiles.stages,
+                memory_registers=40,
+                wg_axis="wg",
+                num_compute_wgs=2,
+                compute_context=context,
+            )(*sources)
+
+        if "used" not in gm:
+            compute()
+            return
+        live = m < gm["used"][0]
+        pl.when(live)(compute)
+
+        @pl.when(jnp.logical_not(live))
+        def _():
+            pl.when(wg < tiles.warpgroups)(lambda: store(zeros()))
+
+    ours = tiles.warpgroups
+    length = dict(row=outs, zero=outs, col=tokens, sums=tokens)
+    late = {n: plgpu.SMEM((ours, 1, length[n]), given[n].dtype) for n in factors if T == 1}
+    staged = []
+    if in_registers and interpret is not None:
+        staged = plgpu.SMEM((ours, outs, tiles.depth), x.dtype, transforms=swizzled(16, group))
+    stored = turned if tiles.splits > 1 else turned[::-1]
+    total = plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(M // tokens, O // width, tiles.splits),
+        grid_names=("m", "o", "s"),
+        scratch_types=dict(
+            out_sm=plgpu.SMEM(
+                (ours, *stored), out.dtype, transforms=swizzled(bits(out), stored[1])
+            ),
+            late=late,
+            staged=staged,
+            barrier=plgpu.Barrier(num_arrivals=max(1, len(late)), num_barriers=ours),
+        ),
+        interpret=interpret,
+        **(dict(num_threads=3, thread_name="wg") if many else {}),
+    )(*given.values())
+    return total.sum(axis=0).T.astype(out_dtype) if tiles.splits > 1 else total
+
+
+def bits(x) -> int:
+    """Bits of an element."""
+    return (
+        jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo(x.dtype).bits
+    )
