@@ -8,6 +8,7 @@ Knows layouts and tiles, no formats: those are in `quant_matmul`. PTX ISA 9.7.15
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number an output, as an accumulator's rows lie
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one number a token
 FEW = (8, 16, 32, 64)  # tokens of a tile when there are few
-MOST_SPLITS = 8
+MOST_SPLITS = 4
 MULTIPROCESSORS = 132  # of an H100 SXM
 SHARED_BYTES = 220 * 1024  # of a block, a little left for barriers and factors
 
@@ -73,7 +74,7 @@ def choose_tiles(
     if tokens <= FEW[-1] or outs % 128:
         batch = next((n for n in FEW if tokens <= n), FEW[-1])
         splits, steps, blocks = 1, depth // step, outs // 64 * -(-tokens // batch)
-        while splits < MOST_SPLITS and blocks * splits < 2 * MULTIPROCESSORS:
+        while splits < MOST_SPLITS and blocks * splits < MULTIPROCESSORS:
             if steps % (2 * splits):
                 break
             splits *= 2
@@ -99,16 +100,19 @@ def scaled_matmul(
     input_major: bool = False,
     out_dtype,
     tiles: Tiles,
+    name: str,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
     """Computes the product at the head of this file, `[M, O]`.
 
     Args:
       x: `[M, I]`, M a multiple of `tiles.tokens`; in the dtype that wgmma multiplies.
-      w: `[E, O, I]`; int4 and int8 become bfloat16 in registers when x is bfloat16.
+      w: `[E, O, I]`; int4 and int8 become bfloat16 in registers when x is bfloat16. int4 holds
+        the formula's w - 8: what has 16 steps from 0 fits, and zeros keep their digits.
       owner: expert of every tile of tokens, `[M / tiles.tokens]`; left out when E is 1.
       used: tiles of tokens that count, the first ones, `[1]`; the others give 0.
       input_major: w is `[E, I, O]`, in 16 bits.
+      name: of the kernel, in reports and profiles.
       interpret: runs on a CPU, block by block.
     """
     (M, I), O = x.shape, w.shape[2 if input_major else 1]
@@ -121,9 +125,9 @@ def scaled_matmul(
     many, outs, tokens = tiles.warpgroups == 2, tiles.outs, tiles.tokens
     width = outs * tiles.warpgroups
     in_registers = x.dtype == jnp.bfloat16 and jnp.issubdtype(w.dtype, jnp.integer)
+    shift = 8.0 if bits(w) == 4 else 0.0
     # Many tokens: cheaper to scale the weights than the sums, and the tensor cores never wait.
     expand = many and in_registers and T > 1
-    kept = many and (T == 1 or expand)  # one accumulator through all steps
     piped = ["x", "w", *(factors if T > 1 else [])]
     turned, sum_dtype = (outs, tokens), jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     steps = I // tiles.depth // tiles.splits
@@ -148,7 +152,8 @@ def scaled_matmul(
         def scaled(part, sm, n, own):
             part = part.astype(jnp.float32)
             if "zero" in sm:
-                part -= down(sm["zero"].at[n, own], tokens) * across(sm["sums"].at[n])
+                zero = down(sm["zero"].at[n, own], tokens) - shift
+                part -= zero * across(sm["sums"].at[n])
             if "row" in sm:
                 part *= down(sm["row"].at[n, own], tokens)
             if "col" in sm:
@@ -159,17 +164,14 @@ def scaled_matmul(
             """The weights of a group, as wgmma's first operand."""
             columns = pl.ds(n * group, group)
             if values is None:
-                tile = sm["w"]
-                return (
-                    tile.at[columns, own].transpose((1, 0))
-                    if input_major
-                    else tile.at[own, columns]
-                )
+                if input_major:
+                    return sm["w"].at[columns, own].transpose((1, 0))
+                return sm["w"].at[own, columns]
             values = values[:, n * group : (n + 1) * group].astype(x.dtype)
             if expand:
                 values = values.astype(jnp.float32)
                 if "zero" in sm:
-                    values -= down(sm["zero"].at[n, own], group)
+                    values -= down(sm["zero"].at[n, own], group) - shift
                 values = (values * down(sm["row"].at[n, own], group)).astype(x.dtype)
             if interpret is None:
                 return values
@@ -177,31 +179,54 @@ def scaled_matmul(
             plgpu.commit_smem()
             return staged.at[wg, :, columns]
 
+        def add_products(total, terms):
+            """Adds a @ b of all terms, under way at one time."""
+            if interpret is None:
+
+                def run(acc):
+                    for a, b in terms:
+                        plgpu.wgmma(acc, a(), b)
+
+                return pl.run_state(run)(plgpu.ACC.init(total))
+
+            def product(acc, a, b):
+                plgpu.wgmma(acc, a(), b)
+                return acc[...]
+
+            for a, b in terms:  # interpreted accumulators start from nothing only
+                alone = partial(product, a=a, b=b)
+                total = total + pl.run_scoped(alone, plgpu.ACC(turned, sum_dtype))
+            return total
+
         def step(_, *args):
-            sm, carry = dict(zip(piped, args[:-1], strict=True)), args[-1]
+            sm, total = dict(zip(piped, args[:-1], strict=True)), args[-1]
             values = sm["w"][own, :] if in_registers else None
-            for n in range(groups):
-                tokens_sm = sm["x"].at[:, pl.ds(n * group, group)].transpose((1, 0))
-                if kept:
-                    plgpu.wgmma(carry, weights(sm, values, n), tokens_sm)
-                    continue
+            terms = [
+                (
+                    partial(weights, sm, values, n),
+                    sm["x"].at[:, pl.ds(n * group, group)].transpose((1, 0)),
+                )
+                for n in range(groups)
+            ]
+            if T == 1 or expand:
+                return add_products(total, terms)
+            for n, term in enumerate(terms):
+                total += scaled(add_products(zeros(), [term]), sm, n, own)
+            return total
 
-                def product(acc, n=n, tokens_sm=tokens_sm):
-                    plgpu.wgmma(acc, weights(sm, values, n), tokens_sm)
-                    plgpu.wgmma_wait(0)
-                    return acc[...]
-
-                part = pl.run_scoped(product, plgpu.ACC(turned, sum_dtype))
-                carry = carry + (scaled(part, sm, n, own) if T > 1 else part)
-            if kept:  # registers are written again in the next step, shared tiles one step later
-                plgpu.wgmma_wait(0 if in_registers else 1)
-            return carry
+        def finish(total):
+            if T == 1 and factors:
+                for name in factors:
+                    part = (pl.ds(0, 1), pl.ds(m * tokens, tokens))
+                    if name in ("row", "zero"):
+                        part = (expert, pl.ds(0, 1), pl.ds(o * width + wg * outs, outs))
+                    plgpu.copy_gmem_to_smem(gm[name].at[*part], late[name].at[wg], barrier.at[wg])
+                plgpu.barrier_wait(barrier.at[wg])
+                sm = {name: late[name].at[wg] for name in factors}
+                total = scaled(total, sm, 0, pl.ds(0, outs))
+            store(total)
 
         def store(total):
-            if T == 1 and factors:
-                total = scaled(
-                    total, {name: late[name].at[wg] for name in factors}, 0, pl.ds(0, outs)
-                )
             here, there = pl.ds(m * tokens, tokens), pl.ds(o * width + wg * outs, outs)
             if tiles.splits > 1:
                 out_sm[wg] = total.astype(out.dtype)
@@ -213,74 +238,36 @@ def scaled_matmul(
             plgpu.copy_smem_to_gmem(out_sm.at[wg], target)
             plgpu.wait_smem_to_gmem(0)
 
-        def fetch_late():
-            if T > 1:
-                return
-            for name in factors:
-                part = (pl.ds(0, 1), pl.ds(o * width + wg * outs, outs))
-                part = (pl.ds(0, 1), pl.ds(m * tokens, tokens)) if name in ("col", "sums") else part
-                source = gm[name].at[expert] if name in ("row", "zero") else gm[name]
-                plgpu.copy_gmem_to_smem(source.at[*part], late[name].at[wg], barrier.at[wg])
-            if factors:
-                plgpu.barrier_wait(barrier.at[wg])
-
         def zeros():
             return plgpu.layout_cast(jnp.zeros(turned, sum_dtype), plgpu.Layout.WGMMA)
 
         def compute():
             first = s * steps
-            place = dict(
-                x=((tokens, tiles.depth), lambda t: (m, first + t)),
-                w=((width, tiles.depth), lambda t: (o, first + t)),
-                row=((groups, width), lambda t: (first + t, o)),
-                col=((groups, tokens), lambda t: (first + t, m)),
-            )
+            place = {
+                "x": ((tokens, tiles.depth), lambda t: (m, first + t)),
+                "w": ((width, tiles.depth), lambda t: (o, first + t)),
+                "row": ((groups, width), lambda t: (first + t, o)),
+                "col": ((groups, tokens), lambda t: (first + t, m)),
+            }
             if input_major:
                 place["w"] = (tiles.depth, width), lambda t: (first + t, o)
-            place |= dict(zero=place["row"], sums=place["col"])
+            place |= {"zero": place["row"], "sums": place["col"]}
             columns = outs if input_major else tiles.depth if in_registers else group
-            transforms = dict(x=swizzled(bits(x), group), w=swizzled(bits(w), columns))
-            delay = 1 if kept and not in_registers else 0
-            specs = [
-                plgpu.BlockSpec(*place[n], transforms=transforms.get(n, ()), delay_release=delay)
-                for n in piped
-            ]
+            transforms = {"x": swizzled(bits(x), group), "w": swizzled(bits(w), columns)}
+            specs = [plgpu.BlockSpec(*place[n], transforms=transforms.get(n, ())) for n in piped]
             sources = [gm[n].at[expert] if n in ("w", "row", "zero") else gm[n] for n in piped]
-            if not many:
-                total = plgpu.emit_pipeline(
+            pipeline = {"grid": (steps,), "in_specs": specs, "max_concurrent_steps": tiles.stages}
+            if many:
+                plgpu.emit_pipeline_warp_specialized(
                     step,
-                    grid=(steps,),
-                    in_specs=specs,
-                    max_concurrent_steps=tiles.stages,
-                    init_carry=zeros(),
+                    memory_registers=40,
+                    wg_axis="wg",
+                    num_compute_wgs=2,
+                    compute_context=lambda run: finish(run(zeros())),
+                    **pipeline,
                 )(*sources)
-                fetch_late()
-                store(total)
-                return
-
-            def context(pipeline):
-                def accumulate(acc):
-                    pipeline(acc)
-                    return acc[...]
-
-                fetch_late()
-                total = (
-                    pl.run_scoped(accumulate, plgpu.ACC(turned, sum_dtype))
-                    if kept
-                    else pipeline(zeros())
-                )
-                store(total)
-
-            plgpu.emit_pipeline_warp_specialized(
-                step,
-                grid=(steps,),
-                in_specs=specs,
-                max_concurrent_steps=tiles.stages,
-                memory_registers=40,
-                wg_axis="wg",
-                num_compute_wgs=2,
-                compute_context=context,
-            )(*sources)
+            else:
+                finish(plgpu.emit_pipeline(step, init_carry=zeros(), **pipeline)(*sources))
 
         if "used" not in gm:
             compute()
@@ -293,7 +280,7 @@ def scaled_matmul(
             pl.when(wg < tiles.warpgroups)(lambda: store(zeros()))
 
     ours = tiles.warpgroups
-    length = dict(row=outs, zero=outs, col=tokens, sums=tokens)
+    length = {"row": outs, "zero": outs, "col": tokens, "sums": tokens}
     late = {n: plgpu.SMEM((ours, 1, length[n]), given[n].dtype) for n in factors if T == 1}
     staged = []
     if in_registers and interpret is not None:
@@ -304,22 +291,21 @@ def scaled_matmul(
         out_type=out,
         grid=(M // tokens, O // width, tiles.splits),
         grid_names=("m", "o", "s"),
-        scratch_types=dict(
-            out_sm=plgpu.SMEM(
+        scratch_types={
+            "out_sm": plgpu.SMEM(
                 (ours, *stored), out.dtype, transforms=swizzled(bits(out), stored[1])
             ),
-            late=late,
-            staged=staged,
-            barrier=plgpu.Barrier(num_arrivals=max(1, len(late)), num_barriers=ours),
-        ),
+            "late": late,
+            "staged": staged,
+            "barrier": plgpu.Barrier(num_arrivals=max(1, len(late)), num_barriers=ours),
+        },
+        kernel_name=f"{name}_{'many' if many else 'few'}",
         interpret=interpret,
-        **(dict(num_threads=3, thread_name="wg") if many else {}),
+        **({"num_threads": 3, "thread_name": "wg"} if many else {}),
     )(*given.values())
     return total.sum(axis=0).T.astype(out_dtype) if tiles.splits > 1 else total
 
 
 def bits(x) -> int:
     """Bits of an element."""
-    return (
-        jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo(x.dtype).bits
-    )
+    return jax.dtypes.itemsize_bits(x.dtype)
