@@ -1,6 +1,7 @@
 """Rows of quantized products: the feed-forward block of a model of 7B, for decoding and prefill."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from internjax.kernels.case import Case, array_bytes
+from internjax.kernels.gpu.grouped_matmul import grouped_matmul
 from internjax.kernels.gpu.quant_matmul import E4M3, Matrix, quant_matmul
 
 INPUTS, OUTPUTS = 4096, 14336
@@ -42,6 +44,61 @@ def matmul_cases() -> dict[str, Case]:
         for name, how in WEIGHTS.items()
         for tokens in TOKENS
     }
+
+
+EXPERTS, ROWS = 8, {"decoding": (16, 8), "prefill": (48, 512)}  # blocks, rows of a block
+
+
+def grouped_cases() -> dict[str, Case]:
+    """Names and rows of the experts' products."""
+    kinds = {"bfloat16": None, "int4 in groups of 128": WEIGHTS["int4 in groups of 128"][0]}
+    rows = {
+        f"{name} experts, {phase}": _grouped(*shape, matrix)
+        for name, matrix in kinds.items()
+        for phase, shape in ROWS.items()
+    }
+    plain = rows["bfloat16 experts, prefill"]
+    return rows | {"bfloat16 experts, backward": _backward(plain)}
+
+
+def _grouped(blocks: int, size: int, matrix: Callable[..., Matrix] | None) -> Case:
+    def draw(key: Array) -> tuple[Array, Array | Matrix, Array, Array]:
+        x_key, w_key = jax.random.split(key)
+        rows = jax.random.normal(x_key, (blocks, size, INPUTS), jnp.bfloat16)
+        shape = (EXPERTS, INPUTS, OUTPUTS)
+        w = matrix(w_key, (EXPERTS,)) if matrix else jax.random.normal(w_key, shape, jnp.bfloat16)
+        owner = jnp.sort(jnp.arange(blocks, dtype=jnp.int32) % EXPERTS)
+        return rows, w, owner, jnp.asarray(blocks, jnp.int32)
+
+    shapes = jax.eval_shape(draw, jax.random.key(0))
+    return Case(
+        run=partial(grouped_matmul, implementation="pallas"),
+        draw=draw,
+        reference=partial(grouped_matmul, implementation="xla"),
+        flops=2.0 * blocks * size * INPUTS * OUTPUTS,
+        num_bytes=array_bytes(shapes) + 2.0 * blocks * size * OUTPUTS,
+        peers={"xla": partial(grouped_matmul, implementation="xla")},
+    )
+
+
+def _backward(case: Case) -> Case:
+    """The gradients of a row's first two arguments, for a gradient of ones."""
+
+    def gradients(run: Callable) -> Callable:
+        def of(rows: Array, w: Array, owner: Array, used: Array) -> tuple[Array, Array]:
+            y, pull = jax.vjp(lambda rows, w: run(rows, w, owner, used), rows, w)
+            return pull(jnp.ones_like(y))
+
+        return of
+
+    return replace(
+        case,
+        run=gradients(case.run),
+        reference=gradients(case.reference),
+        flops=2 * case.flops,
+        num_bytes=2 * case.num_bytes,
+        peers={"xla": gradients(case.reference)},
+    )
 
 
 def _case(tokens: int, matrix: Callable[[Array], Matrix], activations: str | None) -> Case:

@@ -142,13 +142,13 @@ def reference(x: Float[Array, "*B I"], w: Matrix, *, activations: str) -> Float[
     """Says in plain jnp what `quant_matmul` computes."""
     T = w.scales.shape[-2]
     if activations == "int8":
-        q, scale = _rounded(x, 1, jnp.int8)
+        q, scale = activation_scales(x, 1, jnp.int8)
         y = jnp.einsum("...I,OI->...O", q, w.values, preferred_element_type=jnp.int32)
         # A scale an output comes after the sum, as in the kernel; groups are not served here.
         wide = y.astype(jnp.float32) * _like(w.scales[0], y) * scale
         return wide.astype(x.dtype)
     if activations == "float8_e4m3fn":
-        q, scale = _rounded(x, T, E4M3)
+        q, scale = activation_scales(x, T, E4M3)
         wide = q.astype(jnp.float32) * jnp.repeat(scale, x.shape[-1] // T, axis=-1)
         return (wide @ expand(w, jnp.float32)).astype(x.dtype)
     y = jnp.matmul(x, expand(w, x.dtype), preferred_element_type=jnp.float32)
@@ -174,8 +174,8 @@ def _like(v: Array, y: Array) -> Array:
     return v.reshape((1,) * (y.ndim - v.ndim) + v.shape).astype(jnp.float32)
 
 
-def _rounded(x: Float[Array, "*B I"], T: int, dtype) -> tuple[Array, Float[Array, "*B T"]]:
-    """Rounds to 8 bits with one scale a token and group; the scale brings the values back."""
+def activation_scales(x: Float[Array, "*B I"], T: int, dtype) -> tuple[Array, Float[Array, "*B T"]]:
+    """Rounds x to 8 bits with one scale a token and group; the scale brings the values back."""
     cut = x.astype(jnp.float32).reshape(*x.shape[:-1], T, -1)
     whole = dtype == jnp.int8
     most = 127.0 if whole else float(jnp.finfo(dtype).max)
@@ -192,7 +192,9 @@ def _product(x: Array, w: Matrix, activations: str, interpret: Any) -> Array:
     padded = jnp.pad(x, ((0, -M % tiles.tokens), (0, 0)))
     col = sums = None
     if activations != "bfloat16":
-        padded, scale = _rounded(padded, T if activations != "int8" else 1, jnp.dtype(activations))
+        padded, scale = activation_scales(
+            padded, T if activations != "int8" else 1, jnp.dtype(activations)
+        )
         col = scale.T
     elif w.zeros is not None and (tiles.warpgroups == 1 or T == 1):
         sums = padded.astype(jnp.float32).reshape(-1, T, I // T).sum(axis=-1).T

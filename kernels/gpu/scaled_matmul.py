@@ -58,23 +58,32 @@ class Scaling:
 
 
 def choose_tiles(
-    tokens: int, outs: int, depth: int, *, bits: tuple[int, int], expands: bool, whole: bool
+    tokens: int,
+    outs: int,
+    depth: int,
+    *,
+    bits: tuple[int, int],
+    expands: bool,
+    whole: bool,
+    blocks: int = 1,
 ) -> Tiles:
     """Picks the tiles of a product of so many tokens, outputs and inputs.
 
-    Few tokens: small tiles, and enough splits of the depth that every SM has two blocks, whose
-    loads hide each other's latency. Many: two computing warpgroups, so weights are read once for
-    128 tokens; with half as many outputs where partial sums need registers of their own.
+    Few tokens: small tiles, and enough splits of the depth that every SM has a block. Many: two
+    computing warpgroups, so weights are read once for 128 tokens; with half as many outputs where
+    partial sums need registers of their own.
 
     Args:
       bits: of an element of the tokens and of the weights.
       expands: weights become bfloat16 in registers; whole: one group is all of the depth.
+      blocks: of so many tokens each, in one launch.
     """
     step = 64 if min(bits) >= 16 else 128
     if tokens <= FEW[-1] or outs % 128:
         batch = next((n for n in FEW if tokens <= n), FEW[-1])
-        splits, steps, blocks = 1, depth // step, outs // 64 * -(-tokens // batch)
-        while splits < MOST_SPLITS and blocks * splits < MULTIPROCESSORS:
+        splits, steps = 1, depth // step
+        launched = blocks * (outs // 64) * -(-tokens // batch)
+        while splits < MOST_SPLITS and launched * splits < MULTIPROCESSORS:
             if steps % (2 * splits):
                 break
             splits *= 2
