@@ -4,50 +4,9 @@
 `internjax bench kernels` runs them on a GPU, or predicts their times from the compiled code.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import jax
-
-type Arrays = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one shape.
-
-    Fields:
-      run: the public function of the kernel with implementation="pallas", of what `draw` returns.
-      draw: key -> arguments (arrays or trees of arrays).
-      reference: the same in plain jnp; of the same arguments, with the same results.
-      flops: useful FLOPs; num_bytes: bytes that must pass through HBM, each once.
-      peers: name -> the same by other means ("xla", "cudnn", "tokamax").
-      tolerance: largest error allowed, as a share of the reference's root mean square.
-      needs: what the compiled code must have: "wgmma" where matrices are multiplied, "tma".
-      why: what is to be said of spills, where there are any.
-    """
-
-    run: Callable
-    draw: Callable[[jax.Array], Arrays]
-    reference: Callable
-    flops: float
-    num_bytes: float
-    peers: Mapping[str, Callable] = field(default_factory=dict)
-    tolerance: float = 0.02
-    needs: tuple[str, ...] = ("wgmma", "tma")
-    why: str = ""
-
-    def shapes(self) -> Arrays:
-        """Returns the arguments as shapes; nothing is computed."""
-        return jax.eval_shape(self.draw, jax.random.key(0))
-
-
-def array_bytes(*trees: Any) -> int:
-    """Sums the bytes of arrays or shapes; int4 counts half a byte."""
-    bits = lambda x: math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype)  # noqa: E731
-    return sum(bits(x) for x in jax.tree.leaves(trees)) // 8
-
+from internjax.kernels.case import Case
+from internjax.kernels.gpu.attention_cases import decode_attention_cases
+from internjax.kernels.gpu.matmul_cases import grouped_cases, matmul_cases
 
 CASES: dict[str, Case] = {}
+CASES |= matmul_cases() | decode_attention_cases() | grouped_cases()
