@@ -107,8 +107,8 @@ def causal_attention(
     if q.size == 0:
         return jnp.zeros_like(q)
     if chosen == "pallas":
-        from internjax.kernels.flash import Rule
-        from internjax.kernels.flash_attention import flash_attention
+        from internjax.kernels.gpu.flash import Rule
+        from internjax.kernels.gpu.flash_attention import flash_attention
 
         rule = Rule(q.shape[3] ** -0.5, soft_cap, window)
         return flash_attention(q, k, v, segment_ids, rule, keep=ATTENDED, interpret=interpret)
@@ -158,7 +158,7 @@ def _check(
 def _not_pallas(q: Array, interpret: Any) -> str | None:
     if (why := not_for_hopper(interpret)) is not None:
         return why
-    from internjax.kernels.flash_attention import unserved  # a second that only GPUs pay
+    from internjax.kernels.gpu.flash_attention import unserved  # a second that only GPUs pay
 
     return unserved(q)
 

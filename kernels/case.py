@@ -20,7 +20,7 @@ class Case:
       reference: the same in plain jnp; of the same arguments, with the same results.
       flops: useful FLOPs; num_bytes: bytes that must pass through HBM, each once.
       peers: name -> the same by other means ("xla", "cudnn", "tokamax").
-      tolerance: largest error allowed, as a share of the reference's root mean square.
+      tolerance: norm of the error over the norm of the reference that is allowed, of each result.
       needs: what the compiled code must have: "wgmma" where matrices are multiplied, "tma".
       why: what is to be said of spills, where there are any.
     """

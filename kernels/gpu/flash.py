@@ -139,10 +139,10 @@ def filled(value: float, shape: tuple[int, ...], layout: Any) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def bent(products: Array, rule: Rule) -> tuple[Array, Array | None]:
+def bent(products: Array, rule: Rule) -> tuple[Array, Array | float]:
     """Returns scores, to be multiplied with `rule.factor`, and the derivative of the soft cap."""
     if rule.soft_cap is None:
-        return products, None
+        return products, 1.0
     scores = jnp.tanh(products * (rule.scale / rule.soft_cap))
     return scores, 1 - scores * scores
 

@@ -1,4 +1,4 @@
-"""Gradients of the flash attention of `kernels/flash.py`: one kernel for queries, one for keys.
+"""Gradients of the flash attention of `flash.py`: one kernel for queries, one for keys.
 
 Scores are made again from the normaliser (arXiv:2205.14135). Each kernel adds up what it alone
 writes, so gradients are the same in every run; the price is that two of seven matrix products are
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from internjax.kernels.flash import (
+from internjax.kernels.gpu.flash import (
     BY_COLUMN,
     BY_ROW,
     COMPUTE,
@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns the gradients of q, k, v; `out` and `lse` are what `forward` returned."""
     inner = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)
-    args = (q, k, v, ids, g, lse * LOG2E, inner, rule, interpret)
+    args = (q, k, v, ids, g, lse * LOG2E, -inner, rule, interpret)
     if FOR_KEYS[q.shape[-1]] is APART:
         (g_k,), (g_v,) = of_keys(*args, want=("k",)), of_keys(*args, want=("v",))
     else:
@@ -78,7 +78,8 @@ def of_queries(
     """Returns the gradient of q.
 
     Args:
-      lse: log2 of the normaliser; inner: g times the output, summed over H.
+      lse: log2 of the normaliser; inner: minus g times the output, summed over H: what the sums
+        of g v start from, since it is subtracted from them.
     """
     B, T, N, H = q.shape
     G, blocks, tiles = N // k.shape[2], FOR_QUERIES[H], T // TILE
@@ -114,12 +115,13 @@ def of_queries(
                 slot = slot_of(t)
                 plgpu.barrier_wait(ready.at[slot])
                 of_q = zero, q_sm, k_sm.at[slot].transpose((1, 0))
-                of_g = zero, g_sm, v_sm.at[slot].transpose((1, 0))
+                minus_inner = along_queries(inner_sm, (ROWS, C), query_axis=0)
+                of_g = minus_inner, g_sm, v_sm.at[slot].transpose((1, 0))
                 scores, of_weights = products(of_q, of_g, staging=staging)
                 ids = (ids_sm, memory["key_ids"].at[slot]) if packed else None
                 hide = lambda w: where_seen(w, 0.0, rule, (start, (first + t) * C), ids)  # noqa: E731
-                weights, slope = weights_of(scores, lse_sm, rule, hide, query_axis=0)
-                change = through_softmax(weights, slope, of_weights, inner_sm, query_axis=0)
+                weights, slope = weights_of(scores, lse_sm, rule, query_axis=0)
+                change = hide(weights) * of_weights * slope
                 (acc,) = products((acc, change.astype(q.dtype), k_sm.at[slot]), staging=staging)
                 plgpu.barrier_arrive(free.at[slot])
                 return acc
@@ -224,21 +226,25 @@ def of_keys(
             def step(t: Array, n: Array, query: Array, sums: list[Array]) -> list[Array]:
                 slot = slot_of(t)
                 plgpu.barrier_wait(ready.at[slot])
-                terms = [(zero, k_sm, q_sm.at[slot].transpose((1, 0)))]
-                if "k" in want:
-                    terms.append((zero, v_sm, g_sm.at[slot].transpose((1, 0))))
-                scores, *of_weights = products(*terms, staging=staging)
-                ids = (memory["query_ids"].at[slot], ids_sm) if packed else None
-                hide = lambda w: where_seen(w, 0.0, rule, (query, start), ids, query_axis=1)  # noqa: E731
                 lse_sm, inner_sm = memory["lse"].at[slot], memory["inner"].at[slot]
-                weights, slope = weights_of(scores, lse_sm, rule, hide, query_axis=1)
-                terms = []
-                if "k" in want:
-                    change = through_softmax(weights, slope, *of_weights, inner_sm, query_axis=1)
-                    terms.append((sums[0], change.astype(q.dtype), q_sm.at[slot]))
+                of_q = zero, k_sm, q_sm.at[slot].transpose((1, 0))
+                # Read so early because ptxas finds registers for all of it then.
+                minus_inner = along_queries(inner_sm, (ROWS, C), query_axis=1)
+                (scores,) = products(of_q, staging=staging)
+                weights, slope = weights_of(scores, lse_sm, rule, query_axis=1)
+                ids = (memory["query_ids"].at[slot], ids_sm) if packed else None
+                weights = where_seen(weights, 0.0, rule, (query, start), ids, query_axis=1)
+                # One thing after the other: more at one time would not fit into the registers.
+                sums, terms = dict(zip(want, sums, strict=True)), {}
                 if "v" in want:
-                    terms.append((sums[-1], weights.astype(q.dtype), g_sm.at[slot]))
-                sums = products(*terms, staging=staging)
+                    terms["v"] = sums["v"], weights.astype(q.dtype), g_sm.at[slot]
+                if "k" in want:
+                    terms["weights"] = minus_inner, v_sm, g_sm.at[slot].transpose((1, 0))
+                done = dict(zip(terms, products(*terms.values(), staging=staging), strict=True))
+                if "k" in want:
+                    change = (weights * done["weights"] * slope).astype(q.dtype)
+                    (done["k"],) = products((sums["k"], change, q_sm.at[slot]), staging=staging)
+                sums = [done[name] for name in want]
                 plgpu.barrier_arrive(free.at[slot])
                 return sums
 
@@ -290,26 +296,19 @@ def of_keys(
 
 
 def weights_of(
-    scores: Array, lse: Any, rule: Rule, hide: Callable[[Array], Array], *, query_axis: int
-) -> tuple[Array, Array | None]:
+    scores: Array, lse: Any, rule: Rule, *, query_axis: int
+) -> tuple[Array, Array | float]:
     """Returns the weights of a block of products q k, and the derivative of the soft cap.
 
     Args:
-      lse: shared memory with log2 of the normaliser of each query; hide: zeroes what is not seen.
+      lse: shared memory with log2 of the normaliser of each query.
     """
     scores, slope = bent(scores, rule)
-    lse = broadcast(_of_queries(lse, query_axis), scores.shape, query_axis)
-    return hide(jnp.exp2(scores * rule.factor - lse)), slope
+    lse = along_queries(lse, scores.shape, query_axis=query_axis)
+    return jnp.exp2(scores * rule.factor - lse), slope
 
 
-def through_softmax(
-    weights: Array, slope: Array | None, of_weights: Array, inner: Any, *, query_axis: int
-) -> Array:
-    """Returns the gradient of a block of products q k, but for `rule.scale`."""
-    inner = broadcast(_of_queries(inner, query_axis), weights.shape, query_axis)
-    change = weights * (of_weights - inner)
-    return change if slope is None else change * slope
-
-
-def _of_queries(ref: Any, query_axis: int) -> Array:
-    return plgpu.load(ref, layout=(BY_ROW, BY_COLUMN)[query_axis])
+def along_queries(ref: Any, shape: tuple[int, int], *, query_axis: int) -> Array:
+    """Repeats a vector of a block's queries along its keys."""
+    layout = (BY_ROW, BY_COLUMN)[query_axis]
+    return broadcast(plgpu.load(ref, layout=layout), shape, query_axis)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from internjax.kernels.flash import HEAD_SIZES, TILE, Rule, forward
-from internjax.kernels.flash_backward import backward
+from internjax.kernels.gpu.flash import HEAD_SIZES, TILE, Rule, forward
+from internjax.kernels.gpu.flash_backward import backward
 
 NOBODY = -1  # segment of what a row is padded with
 
