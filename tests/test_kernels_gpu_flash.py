@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh, AxisType
 
 from internjax.kernels import platform
-from internjax.kernels.attention import attention, causal_attention
+from internjax.kernels.attention import _check, attention, causal_attention
 from internjax.kernels.gpu import flash
 from internjax.kernels.gpu.flash import HEAD_SIZES, TILE, Blocks, Rule, key_bounds, query_bounds
 from tests.interpreting import Race, interpreter
@@ -81,11 +81,11 @@ def calls(draw, most: int):
 
 
 def test_values_and_gradients_are_those_of_the_reference():
-    check(1, 200, 2, 1, 64, segments(3, 1, 200), window=150, soft_cap=3.0)
+    check(1, 200, 1, 1, 64, segments(3, 1, 200), window=150, soft_cap=3.0)
 
 
 @settings(max_examples=1, deadline=None, derandomize=True, database=None)
-@given(calls(160))
+@given(calls(128))
 def test_a_few_drawn_calls_agree(call):
     args, options = call
     check(*args, **options)
@@ -143,7 +143,7 @@ def test_tokens_that_see_only_themselves_and_numbers_that_are_none():
     T = 100
     q, k, v, _ = inputs(2, T, 1, 1, 64)
     ids = jnp.stack([jnp.arange(T), jnp.zeros(T, jnp.int32)]).astype(jnp.int32)
-    q, k = q.at[1, 40, 0, 5].set(jnp.nan), k.at[1, 70, 0, 0].set(jnp.inf)
+    q, k = q.at[1, 40, 0, 5].set(jnp.nan), k.at[1, 70, 0, 0].set(jnp.nan)
     got = interpreted(q, k, v, ids)
     np.testing.assert_array_equal(got[0], np.asarray(v[0], np.float32))
     want = reference(q, k, v, ids)
@@ -187,25 +187,31 @@ def test_bounds_hide_nothing_that_is_seen(window, ordered):
         assert not first.any() and not clear.any()  # no block is skipped or masked for nothing
 
 
-BAD = [  # shape of k, shape of segment ids, options, what is said
-    ((1, 8, 3, 64), None, {}, "4 query heads and 3 KV heads"),
-    ((1, 9, 2, 64), None, {}, r"q \(1, 8, 4, 64\), k \(1, 9, 2, 64\)"),
-    ((1, 8, 2, 64), (1, 7), {}, r"segment_ids int32\[1, 7\]; legal are integers \[1, 8\]"),
-    ((1, 8, 2, 64), None, {"window": 0}, "window=0; at least 1"),
-    ((1, 8, 2, 64), None, {"soft_cap": -1.0}, "soft_cap=-1.0; above 0"),
-    ((1, 8, 2, 64), None, {"implementation": "triton"}, "legal are None, 'xla', 'pallas', 'cudnn'"),
-    ((1, 8, 2, 64), None, {"implementation": "pallas"}, "its code is for sm_90 .* this is 'cpu'"),
-    ((1, 8, 2, 64), None, {"implementation": "cudnn"}, "is for NVIDIA GPUs, this is 'cpu'"),
-    ((1, 8, 2, 64), None, {"implementation": "tokamax"}, r"pip install 'internjax\[tokamax\]'"),
+BAD = [  # shape of k, options, what is said
+    ((1, 8, 3, 64), {}, "4 query heads and 3 KV heads"),
+    ((1, 8, 2, 64), {"window": 0}, "window=0; at least 1"),
+    ((1, 8, 2, 64), {"soft_cap": -1.0}, "soft_cap=-1.0; above 0"),
+    ((1, 8, 2, 64), {"implementation": "triton"}, "legal are None, 'xla', 'pallas', 'cudnn'"),
+    ((1, 8, 2, 64), {"implementation": "pallas"}, "its code is for sm_90 .* this is 'cpu'"),
+    ((1, 8, 2, 64), {"implementation": "cudnn"}, "is for NVIDIA GPUs, this is 'cpu'"),
+    ((1, 8, 2, 64), {"implementation": "tokamax"}, r"pip install 'internjax\[tokamax\]'"),
 ]
 
 
-@pytest.mark.parametrize(("shape", "ids", "options", "say"), BAD)
-def test_bad_calls_say_what_is_legal(shape, ids, options, say):
+@pytest.mark.parametrize(("shape", "options", "say"), BAD)
+def test_bad_calls_say_what_is_legal(shape, options, say):
     q, k = jnp.zeros((1, 8, 4, 64), jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)
-    ids = None if ids is None else jnp.zeros(ids, jnp.int32)
     with pytest.raises(ValueError, match=say):
-        causal_attention(q, k, k, ids, **options)
+        causal_attention(q, k, k, **options)
+
+
+def test_shapes_that_do_not_fit_say_so():
+    """Where annotations are not checked, as they are here."""
+    q, k = jnp.zeros((1, 8, 4, 64)), jnp.zeros((1, 9, 2, 64))
+    with pytest.raises(ValueError, match=r"q \(1, 8, 4, 64\), k \(1, 9, 2, 64\)"):
+        _check(q, k, k, None, None, None)
+    with pytest.raises(ValueError, match=r"segment_ids int32\[1, 7\]; legal are integers \[1, 8\]"):
+        _check(q, q, q, jnp.zeros((1, 7), jnp.int32), None, None)
 
 
 @pytest.mark.parametrize(
