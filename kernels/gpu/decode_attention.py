@@ -27,6 +27,7 @@ HEAD_SIZES = {16: (64, 80, 96, 128, 256), 8: (64, 96, 128, 256), 4: (64, 128, 25
 BLOCKS = (64, 128)  # positions of a block
 MOST_BLOCK = 128 * 128  # numbers of a block: shared memory holds four
 LEAST_PART, MOST_PARTS = 256, 32  # keys of a part, parts of a slot
+MOST_COLUMNS = 256  # of what TMA copies at one time
 STAGES = 2  # blocks of keys in flight: two thread blocks then fit an SM
 MATRIX = plgpu.Layout.WGMMA
 STEPS = {8: 255, 4: 15}
@@ -198,7 +199,9 @@ def _in_parts(q: Array, pool: KVPool, table: Array, lengths: Array, interpret: A
     parts = parts_of(S, K, blocks * C)
     queries = q.reshape(S, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(S, K, G * T, H)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - G * T), (0, 0)))
-    table = jnp.pad(table.astype(jnp.int32), ((0, 0), (0, -blocks % 4)))  # TMA: 16 bytes
+    columns = min(-(-blocks // 4) * 4, MOST_COLUMNS)  # TMA copies multiples of 16 bytes
+    table = jnp.pad(table.astype(jnp.int32), ((0, 0), (0, -blocks % columns)))
+    table = table.reshape(S, -1, columns)
     shape = _Shape(rows, T, H, C, parts, pool.bits(H))
     out, log_sums = _launch(shape, queries, pool, table, lengths.astype(jnp.int32), interpret)
     share = jnp.exp2(log_sums - log_sums.max(axis=2, keepdims=True))  # [S, K, parts, rows]
@@ -334,11 +337,16 @@ def _launch(
             filled(0.0, (MOST_ROWS,), ROWS),
             filled(0.0, (MOST_ROWS, H), MATRIX),
         )
-        place = lambda t: (table_sm[first + t], 0, h, 0)  # noqa: E731
+
+        def block(t):
+            at = first + t
+            return table_sm[lax.div(at, table.shape[2]), lax.rem(at, table.shape[2])]
+
+        place = lambda t: (block(t), 0, h, 0)  # noqa: E731
         stored = swizzled(8 if quantized else 16, width)
         specs = [plgpu.BlockSpec((None, C, None, width), place, transforms=stored)] * 2
         if quantized:
-            here = lambda t: (table_sm[first + t], h, 0, 0)  # noqa: E731
+            here = lambda t: (block(t), h, 0, 0)  # noqa: E731
             specs.append(plgpu.BlockSpec((None, None, 4, C), here))
         top, total, mixed = plgpu.emit_pipeline(
             step, grid=(count,), in_specs=specs, max_concurrent_steps=STAGES, init_carry=start
@@ -369,7 +377,7 @@ def _launch(
             # Queries are of no use when results come: they share memory.
             "ends": plgpu.RefUnion(tile(H, jnp.bfloat16, width), tile(H, out_dtype)),
             "sums_sm": plgpu.SMEM((MOST_ROWS,), jnp.float32),
-            "table_sm": plgpu.SMEM((table.shape[1],), jnp.int32),
+            "table_sm": plgpu.SMEM(table.shape[1:], jnp.int32),
             # Both factors of a product are tiled alike: int4's halves are written apart.
             "staged": [tile(H, jnp.bfloat16, width, C) if quantized else None] * 2,
             "p_sm": tile(C, jnp.bfloat16) if interpret is not None else [],
