@@ -18,7 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from internjax.kernels.gpu.scaled_matmul import COLUMNS, MULTIPROCESSORS, ROWS, swizzled
+from internjax.kernels.gpu.wgmma import (
+    COLUMNS,
+    MATRIX,
+    MULTIPROCESSORS,
+    ROWS,
+    across,
+    add_products,
+    down,
+    filled,
+    swizzled,
+)
 from internjax.kernels.platform import choose, not_for_hopper
 
 NEG = -1e30  # log2 of nothing: finite, so that nothing minus nothing is 0
@@ -27,8 +37,8 @@ HEAD_SIZES = {16: (64, 80, 96, 128, 256), 8: (64, 96, 128, 256), 4: (64, 128, 25
 BLOCKS = (64, 128)  # positions of a block
 MOST_BLOCK = 128 * 128  # numbers of a block: shared memory holds four
 LEAST_PART, MOST_PARTS = 256, 32  # keys of a part, parts of a slot
+MOST_COLUMNS = 256  # of what TMA copies at one time
 STAGES = 2  # blocks of keys in flight: two thread blocks then fit an SM
-MATRIX = plgpu.Layout.WGMMA
 STEPS = {8: 255, 4: 15}
 
 
@@ -198,7 +208,9 @@ def _in_parts(q: Array, pool: KVPool, table: Array, lengths: Array, interpret: A
     parts = parts_of(S, K, blocks * C)
     queries = q.reshape(S, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(S, K, G * T, H)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - G * T), (0, 0)))
-    table = jnp.pad(table.astype(jnp.int32), ((0, 0), (0, -blocks % 4)))  # TMA: 16 bytes
+    columns = min(-(-blocks // 4) * 4, MOST_COLUMNS)  # TMA copies multiples of 16 bytes
+    table = jnp.pad(table.astype(jnp.int32), ((0, 0), (0, -blocks % columns)))
+    table = table.reshape(S, -1, columns)
     shape = _Shape(rows, T, H, C, parts, pool.bits(H))
     out, log_sums = _launch(shape, queries, pool, table, lengths.astype(jnp.int32), interpret)
     share = jnp.exp2(log_sums - log_sums.max(axis=2, keepdims=True))  # [S, K, parts, rows]
@@ -244,15 +256,6 @@ def _launch(
         first = part * per_part
         count = jnp.clip(blocks - first, 0, per_part)
 
-        def down(values, columns):  # one number a row
-            return lax.broadcast_in_dim(values, (MOST_ROWS, columns), (0,))
-
-        def across(values):  # one number a position
-            return lax.broadcast_in_dim(values, (MOST_ROWS, C), (1,))
-
-        def filled(value, dims, layout):
-            return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), layout)
-
         query = lax.rem(plgpu.broadcasted_iota(jnp.int32, (MOST_ROWS, C), 0, layout=MATRIX), T)
         last = query + (length - T)  # position of a row's query
         columns = plgpu.broadcasted_iota(jnp.int32, (MOST_ROWS, C), 1, layout=MATRIX)
@@ -276,20 +279,11 @@ def _launch(
             plgpu.commit_smem()
             return to
 
-        def product(a, b, columns, start=None):
-            """start + a @ b; an interpreted accumulator starts from nothing only."""
-
-            def run(acc):
-                plgpu.wgmma(acc, a, b)
-                return acc[...] if start is None or interpret is not None else None
-
-            if start is not None and interpret is None:
-                return pl.run_state(run)(plgpu.ACC.init(start))
-            alone = pl.run_scoped(run, plgpu.ACC((MOST_ROWS, columns), jnp.float32))
-            return alone if start is None else start + alone
+        def product(a, b, start):
+            return add_products(start, [(lambda: a, b)], interpreted=interpret is not None)
 
         def factor(scales_sm, n):
-            return across(plgpu.load(scales_sm.at[n], layout=COLUMNS))
+            return across(plgpu.load(scales_sm.at[n], layout=COLUMNS), MOST_ROWS)
 
         def clear_end(v_sm, written):
             """Makes 0 what nobody wrote in a block: 0 times what was there may be NaN."""
@@ -303,7 +297,8 @@ def _launch(
 
         def step(index, k_sm, v_sm, *rest):
             top, total, mixed = rest[-1]
-            scores = product(q_sm, unpacked(k_sm, staged[0]).transpose((1, 0)), C)
+            keys = unpacked(k_sm, staged[0]).transpose((1, 0))
+            scores = product(q_sm, keys, filled(0.0, (MOST_ROWS, C)))
             if quantized:
                 scores -= down(q_sum, C) * (factor(rest[0], 1) - middle)
                 scores *= factor(rest[0], 0)
@@ -327,18 +322,23 @@ def _launch(
                 p_sm[...] = weights
                 plgpu.commit_smem()
                 weights = p_sm
-            return new_top, total, product(weights, values, H, mixed)
+            return new_top, total, product(weights, values, mixed)
 
         start = (
             filled(NEG, (MOST_ROWS,), ROWS),
             filled(0.0, (MOST_ROWS,), ROWS),
-            filled(0.0, (MOST_ROWS, H), MATRIX),
+            filled(0.0, (MOST_ROWS, H)),
         )
-        place = lambda t: (table_sm[first + t], 0, h, 0)  # noqa: E731
+
+        def block(t):
+            at = first + t
+            return table_sm[lax.div(at, table.shape[2]), lax.rem(at, table.shape[2])]
+
+        place = lambda t: (block(t), 0, h, 0)  # noqa: E731
         stored = swizzled(8 if quantized else 16, width)
         specs = [plgpu.BlockSpec((None, C, None, width), place, transforms=stored)] * 2
         if quantized:
-            here = lambda t: (table_sm[first + t], h, 0, 0)  # noqa: E731
+            here = lambda t: (block(t), h, 0, 0)  # noqa: E731
             specs.append(plgpu.BlockSpec((None, None, 4, C), here))
         top, total, mixed = plgpu.emit_pipeline(
             step, grid=(count,), in_specs=specs, max_concurrent_steps=STAGES, init_carry=start
@@ -369,7 +369,7 @@ def _launch(
             # Queries are of no use when results come: they share memory.
             "ends": plgpu.RefUnion(tile(H, jnp.bfloat16, width), tile(H, out_dtype)),
             "sums_sm": plgpu.SMEM((MOST_ROWS,), jnp.float32),
-            "table_sm": plgpu.SMEM((table.shape[1],), jnp.int32),
+            "table_sm": plgpu.SMEM(table.shape[1:], jnp.int32),
             # Both factors of a product are tiled alike: int4's halves are written apart.
             "staged": [tile(H, jnp.bfloat16, width, C) if quantized else None] * 2,
             "p_sm": tile(C, jnp.bfloat16) if interpret is not None else [],

@@ -1,5 +1,6 @@
 """Rows of causal attention: one row of 8,192 tokens, forward as in prefill, and with gradients."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,18 @@ from jax import Array
 
 from internjax.kernels.attention import causal_attention
 from internjax.kernels.case import Case, array_bytes
+from internjax.kernels.gpu.flash import (
+    FORWARD,
+    HEAD_SIZES,
+    TILE,
+    Blocks,
+    Rule,
+    key_bounds,
+    query_bounds,
+)
+from internjax.kernels.gpu.flash_backward import APART, FOR_KEYS, FOR_QUERIES
 
 LENGTH, HEADS, KV_HEADS, SEGMENTS = 8192, 32, 8, 4
-HEAD_SIZES = (64, 80, 96, 128, 256)
 WINDOW, SOFT_CAP = 1024, 30.0
 SPILLS = {
     "attention 256, gradients": (
@@ -49,8 +59,7 @@ def _case(H: int, gradients: bool, packed: bool = False, **options: Any) -> Case
             jax.random.normal(key, (1, LENGTH, n, H), jnp.bfloat16)
             for key, n in zip(keys, heads, strict=True)
         )
-        ids = (jnp.arange(LENGTH) // (LENGTH // SEGMENTS)).astype(jnp.int32)[None]
-        return (q, k, v, *([ids] if packed else []), *([g] if gradients else []))
+        return (q, k, v, *([_segments()] if packed else []), *([g] if gradients else []))
 
     def by(implementation: str) -> Any:
         attend = partial(causal_attention, implementation=implementation, **options)
@@ -78,7 +87,37 @@ def _case(H: int, gradients: bool, packed: bool = False, **options: Any) -> Case
         num_bytes=array_bytes(shapes, results),
         peers=peers,
         tolerance=0.01,
+        work=partial(_work, H, gradients, packed, Rule(H**-0.5, **options)),
     )
+
+
+def _work(H: int, gradients: bool, packed: bool, rule: Rule) -> dict[str, float]:
+    """FLOPs of each kernel: all of every block that it goes through."""
+    ids = _segments() if packed else None
+
+    def pairs(blocks: Blocks, bounds: Callable, *, keys: bool) -> float:
+        """Pairs of a query and a key in the blocks of all tiles."""
+        first_or_end = bounds(LENGTH, rule, ids, blocks.size)[0, 0]
+        tile = jnp.arange(LENGTH // TILE)
+        if keys:
+            count = -(-(tile + 1) * TILE // blocks.size) - first_or_end
+        else:
+            count = first_or_end - tile * TILE // blocks.size
+        return float(count.sum()) * blocks.size * TILE
+
+    product = 2.0 * HEADS * H
+    work = {"flash_forward": 2 * product * pairs(FORWARD[H], key_bounds, keys=True)}
+    if not gradients:
+        return work
+    work["flash_backward_q"] = 3 * product * pairs(FOR_QUERIES[H], key_bounds, keys=True)
+    once = product * pairs(FOR_KEYS[H], query_bounds, keys=False)
+    if FOR_KEYS[H] is APART:
+        return work | {"flash_backward_k": 3 * once, "flash_backward_v": 2 * once}
+    return work | {"flash_backward_k_v": 4 * once}
+
+
+def _segments() -> Array:
+    return (jnp.arange(LENGTH) // (LENGTH // SEGMENTS)).astype(jnp.int32)[None]
 
 
 def _gradients(attend: Any, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from internjax.kernels.gpu.scaled_matmul import Scaling, Tiles, bits, choose_tiles, scaled_matmul
+from internjax.kernels.gpu.scaled_matmul import Scaling, Tiles, choose_tiles, scaled_matmul
+from internjax.kernels.gpu.wgmma import bits
 from internjax.kernels.platform import choose, not_for_hopper
 
 E4M3 = jnp.float8_e4m3fn

@@ -16,11 +16,20 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number an output, as an accumulator's rows lie
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one number a token
+from internjax.kernels.gpu.wgmma import (
+    COLUMNS,
+    MULTIPROCESSORS,
+    ROWS,
+    across,
+    add_products,
+    bits,
+    down,
+    filled,
+    swizzled,
+)
+
 FEW = (8, 16, 32, 64)  # tokens of a tile when there are few
 MOST_SPLITS = 4
-MULTIPROCESSORS = 132  # of an H100 SXM
 SHARED_BYTES = 220 * 1024  # of a block, a little left for barriers and factors
 
 
@@ -93,12 +102,6 @@ def choose_tiles(
     return Tiles(128, wide, step, 2, min(4, (SHARED_BYTES - 2 * wide * 128 * 2) // stage))
 
 
-def swizzled(bits: int, columns: int) -> tuple:
-    """The transforms of a shared tile with `columns` of `bits`: wgmma reads no others."""
-    swizzle = plgpu.find_swizzle(columns * bits)
-    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
-
-
 def scaled_matmul(
     x: Array,
     w: Array,
@@ -133,6 +136,7 @@ def scaled_matmul(
     groups = tiles.depth // group
     many, outs, tokens = tiles.warpgroups == 2, tiles.outs, tiles.tokens
     width = outs * tiles.warpgroups
+    interpreted = interpret is not None
     in_registers = x.dtype == jnp.bfloat16 and jnp.issubdtype(w.dtype, jnp.integer)
     shift = 8.0 if bits(w) == 4 else 0.0
     # Many tokens: cheaper to scale the weights than the sums, and the tensor cores never wait.
@@ -151,22 +155,18 @@ def scaled_matmul(
         own = pl.ds(wg * outs, outs)  # this warpgroup's outputs within the tile
         expert = gm["owner"][m] if "owner" in gm else 0
 
-        def down(ref, columns: int):  # one number an output, over the columns of a tile
-            values = plgpu.load(ref, layout=ROWS).astype(jnp.float32)
-            return lax.broadcast_in_dim(values, (outs, columns), (0,))
-
-        def across(ref):  # one number a token
-            return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMNS), turned, (1,))
+        def read(ref, layout):
+            return plgpu.load(ref, layout=layout).astype(jnp.float32)
 
         def scaled(part, sm, n, own):
             part = part.astype(jnp.float32)
             if "zero" in sm:
-                zero = down(sm["zero"].at[n, own], tokens) - shift
-                part -= zero * across(sm["sums"].at[n])
+                zero = down(read(sm["zero"].at[n, own], ROWS) - shift, tokens)
+                part -= zero * across(read(sm["sums"].at[n], COLUMNS), outs)
             if "row" in sm:
-                part *= down(sm["row"].at[n, own], tokens)
+                part *= down(read(sm["row"].at[n, own], ROWS), tokens)
             if "col" in sm:
-                part *= across(sm["col"].at[n])
+                part *= across(read(sm["col"].at[n], COLUMNS), outs)
             return part
 
         def weights(sm, values, n):
@@ -180,32 +180,14 @@ def scaled_matmul(
             if expand:
                 values = values.astype(jnp.float32)
                 if "zero" in sm:
-                    values -= down(sm["zero"].at[n, own], group) - shift
-                values = (values * down(sm["row"].at[n, own], group)).astype(x.dtype)
-            if interpret is None:
+                    values -= down(read(sm["zero"].at[n, own], ROWS) - shift, group)
+                values *= down(read(sm["row"].at[n, own], ROWS), group)
+                values = values.astype(x.dtype)
+            if not interpreted:
                 return values
             staged[wg, :, columns] = values  # wgmma is interpreted with shared operands only
             plgpu.commit_smem()
             return staged.at[wg, :, columns]
-
-        def add_products(total, terms):
-            """Adds a @ b of all terms, under way at one time."""
-            if interpret is None:
-
-                def run(acc):
-                    for a, b in terms:
-                        plgpu.wgmma(acc, a(), b)
-
-                return pl.run_state(run)(plgpu.ACC.init(total))
-
-            def product(acc, a, b):
-                plgpu.wgmma(acc, a(), b)
-                return acc[...]
-
-            for a, b in terms:  # interpreted accumulators start from nothing only
-                alone = partial(product, a=a, b=b)
-                total = total + pl.run_scoped(alone, plgpu.ACC(turned, sum_dtype))
-            return total
 
         def step(_, *args):
             sm, total = dict(zip(piped, args[:-1], strict=True)), args[-1]
@@ -218,9 +200,10 @@ def scaled_matmul(
                 for n in range(groups)
             ]
             if T == 1 or expand:
-                return add_products(total, terms)
+                return add_products(total, terms, interpreted=interpreted)
             for n, term in enumerate(terms):
-                total += scaled(add_products(zeros(), [term]), sm, n, own)
+                part = add_products(zeros(), [term], interpreted=interpreted)
+                total += scaled(part, sm, n, own)
             return total
 
         def finish(total):
@@ -248,7 +231,7 @@ def scaled_matmul(
             plgpu.wait_smem_to_gmem(0)
 
         def zeros():
-            return plgpu.layout_cast(jnp.zeros(turned, sum_dtype), plgpu.Layout.WGMMA)
+            return filled(0, turned, dtype=sum_dtype)
 
         def compute():
             first = s * steps
@@ -292,7 +275,7 @@ def scaled_matmul(
     length = {"row": outs, "zero": outs, "col": tokens, "sums": tokens}
     late = {n: plgpu.SMEM((ours, 1, length[n]), given[n].dtype) for n in factors if T == 1}
     staged = []
-    if in_registers and interpret is not None:
+    if in_registers and interpreted:
         staged = plgpu.SMEM((ours, outs, tiles.depth), x.dtype, transforms=swizzled(16, group))
     stored = turned if tiles.splits > 1 else turned[::-1]
     total = plgpu.kernel(
@@ -313,8 +296,3 @@ def scaled_matmul(
         **({"num_threads": 3, "thread_name": "wg"} if many else {}),
     )(*given.values())
     return total.sum(axis=0).T.astype(out_dtype) if tiles.splits > 1 else total
-
-
-def bits(x) -> int:
-    """Bits of an element."""
-    return jax.dtypes.itemsize_bits(x.dtype)
