@@ -24,7 +24,7 @@ COMPILE := $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --al
            --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
            --no-emit-options pyproject.toml requirements/build.in
 
-.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check clean
+.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,10 @@ lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
 	@$(COMPILE) $(QUICK) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
 
 plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.5 GB)
+
+kernel-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the GPU kernels for sm_90a; fails where code got worse
+	@echo "== Golden kernels"
+	@$(PY) tests/kernel_goldens.py
 
 plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails where memory or traffic moved by 2%
 	@echo "== Golden plans"
