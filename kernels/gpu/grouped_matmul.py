@@ -101,7 +101,7 @@ def _multiply(
     """Returns the products with plain weights, `[E, I, O]` or, not input_major, `[E, O, I]`."""
     M, R, I = rows.shape
     O = w.shape[2 if input_major else 1]
-    tiles = choose_tiles(R, O, I, bits=(16, 16), expands=False, whole=True, blocks=M)
+    tiles = choose_tiles(R, O, I, bits=(16, 16), promotes=False, blocks=M)
     x, owner, used = _blocks(rows, owner, used, tiles)
     y = scaled_matmul(
         x,
@@ -153,7 +153,7 @@ def _quantized(rows: Array, w: Matrix, owner: Array, used: Array, interpret: Any
     O, T = w.values.shape[-2], w.scales.shape[-2]
     fp8 = w.values.dtype == jnp.float8_e4m3fn
     bits = (8 if fp8 else 16, jax.dtypes.itemsize_bits(w.values.dtype))
-    tiles = choose_tiles(R, O, I, bits=bits, expands=not fp8, whole=T == 1, blocks=M)
+    tiles = choose_tiles(R, O, I, bits=bits, promotes=fp8, blocks=M)
     x, owner, used = _blocks(rows, owner, used, tiles)
     col = sums = None
     if fp8:

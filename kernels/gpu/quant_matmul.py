@@ -220,8 +220,7 @@ def tiles_of(tokens: int, w: Matrix, activations: str) -> Tiles:
         O,
         I,
         bits=(jax.dtypes.itemsize_bits(jnp.dtype(activations)), bits(w.values)),
-        expands=activations == "bfloat16",
-        whole=w.scales.shape[-2] == 1,
+        promotes=w.values.dtype == E4M3,
     )
 
 
