@@ -1,7 +1,9 @@
-"""Measures a model: `decode` the engine in this process, `serve` an OpenAI-compatible server.
+"""Measures a model: `decode` the engine in this process, `serve` an OpenAI-compatible server; and
+`kernels`, the GPU kernels by themselves (`bench_kernels.py`).
 
 `internjax bench decode smollm2-135m-instruct batch=[1,16] lengths=[[1,128],[128,128]]`
 `internjax bench serve smollm2-135m-instruct url=http://127.0.0.1:8000/v1`
+`internjax bench kernels selftest=true cases=attention`
 Times are in seconds; out=FILE.csv keeps the numbers.
 """
 
@@ -23,7 +25,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from internjax.errors import UserError
+from internjax.errors import GateFailed, UserError
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build
 
@@ -34,7 +36,7 @@ Row = dict[str, float]
 class BenchConfig:
     """What is measured; each key is explained in configs/bench.yaml."""
 
-    action: Literal["decode", "serve"] = "decode"
+    action: Literal["decode", "serve", "kernels"] = "decode"
     model: str = "smollm2-135m-instruct"
     dtype: str = "float32"
     kv_dtype: str = "float32"
@@ -48,6 +50,8 @@ class BenchConfig:
     concurrency: tuple[int, ...] = (1, 16)
     requests: int = 32
     max_tokens: int = 64
+    selftest: bool = False
+    cases: str = ""
 
     def __post_init__(self):
         sizes = {"batch": self.batch, "lengths": [n for pair in self.lengths for n in pair]}
@@ -64,6 +68,9 @@ def main(raw: DictConfig) -> None:
     cfg = build(BenchConfig, raw)
     enable_compilation_cache()
     console = Console()
+    if cfg.action == "kernels":
+        kernels(cfg, console)
+        return
     rows = []
     with Console(stderr=True).status("measuring") as status:
         for row in decode_rows(cfg) if cfg.action == "decode" else serve_rows(cfg):
@@ -73,6 +80,31 @@ def main(raw: DictConfig) -> None:
     if cfg.out:
         write_csv(Path(cfg.out), rows)
         console.print(f"[dim]numbers: {cfg.out}[/]", soft_wrap=True)
+
+
+def kernels(cfg: BenchConfig, console: Console) -> None:
+    """Prints a line for each kernel: predicted, or checked and measured."""
+    from internjax.experiments import bench_kernels as bench
+
+    gpu = bench.this_gpu() if cfg.selftest else None
+    cases = bench.chosen(cfg.cases)
+    if gpu is not None:
+        rows, title = bench.measured_rows(cases, gpu), f"Measured on {gpu.device_name}:"
+    else:
+        rows = bench.predicted_rows(cases)
+        title = "Predicted for one H100 from the compiled code; nothing was run:"
+    done = []
+    with Console(stderr=True).status("kernels") as status:
+        for row in rows:
+            done.append(row)
+            status.update(f"kernels: {len(done)} of {len(cases)} done")
+    console.print(title)
+    for line in bench.lines(done):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if cfg.out:
+        write_csv(Path(cfg.out), done)
+    if wrong := [row["case"] for row in done if not row.get("ok", True)]:
+        raise GateFailed(f"values differ from the reference: {'; '.join(wrong)}.")
 
 
 def decode_rows(cfg: BenchConfig) -> Iterator[Row]:

@@ -48,6 +48,7 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("plan", "tune"): Verb("plan"),
     ("bench", "decode"): Verb("bench", ("model",)),
     ("bench", "serve"): Verb("bench", ("model",)),
+    ("bench", "kernels"): Verb("bench"),
     ("convert", ""): Verb("convert", ("src", "dst")),
     ("catalog", "ls"): Verb("catalog", ("name", "prefix")),
     ("catalog", "search"): Verb("catalog", many="query"),

@@ -1,7 +1,11 @@
-"""Masked grouped-query attention, reference in plain jnp.
+"""Masked grouped-query attention: the reference in plain jnp, and causal attention for training.
 
-Knows nothing of models or caches: the caller says by `mask` who may see whom.
+Knows nothing of models or caches. In `attention` the caller says by `mask` who may see whom;
+`causal_attention` has several implementations, which compute the same.
 """
+
+import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from internjax.kernels.platform import choose, missing_extra, not_for_hopper, target
 from internjax.tree import wide
 
 NEG = -1e30  # finite: a fully masked (padding) row gives the mean of v instead of NaN
@@ -30,23 +35,33 @@ def attention(
     k: Float[Array, "B C K H"],
     v: Float[Array, "B C K H"],
     mask: Bool[Array, "B T C"],
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(q k^T / sqrt(H)) v with N/K query heads a KV head (arXiv:2305.13245).
 
     Scores and softmax in at least float32; fully masked rows are finite and meaningless.
+
+    Args:
+      soft_cap: c, if c tanh(score / c) is taken of scores (arXiv:2408.00118).
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     wide_dtype = wide(q.dtype)
     groups = q.reshape(B, T, K, N // K, H)  # query heads of one KV head side by side
     scores = jnp.einsum("BTKGH,BCKH->BKGTC", groups, k, preferred_element_type=wide_dtype)
-    scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.asarray(NEG, wide_dtype))
+    scores = scores * H**-0.5
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.asarray(NEG, wide_dtype))
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = weights / weights.sum(axis=-1, keepdims=True)
     mixed = jnp.einsum("BKGTC,BCKH->BTKGH", weights.astype(v.dtype), v)
     return mixed.reshape(B, T, N, H)
 
 
+# On a CPU each block looks at the keys up to its own end only: forward and backward of B 4, T 512,
+# N 9, K 3, H 64 take 64 ms on 2 cores, against 211 ms of `attention` and its own derivative.
+# Elsewhere all blocks are one loop, which compiles once.
 BLOCK, MOST_BLOCKS = 128, 16  # queries of a block on a CPU, at least; blocks, at most
 LOOP_BLOCK = 256  # queries of a block elsewhere
 ATTENDED = (
@@ -59,17 +74,124 @@ def causal_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
     """Computes what `attention` does under `causal_mask`, for training: less time and memory.
 
-    Goes through blocks of queries and keeps no scores: the backward pass makes them again (as
-    FlashAttention, arXiv:2205.14135). On a CPU each block looks at the keys up to its own end only;
-    2 cores, forward and backward, B 4, T 512, N 9, K 3, H 64: 64 ms, against 211 ms of `attention`
-    and its own derivative. Elsewhere all blocks are one loop, which compiles once.
+    Goes through blocks and keeps no scores: the backward pass makes them again (as FlashAttention,
+    arXiv:2205.14135).
+
+    Args:
+      window: tokens that a token sees, itself among them; None is all before it.
+      soft_cap: as in `attention`.
+      implementation: "xla", "pallas" (`flash_attention.py`: sm_90, bfloat16), "cudnn", "tokamax";
+        None takes "pallas" where it serves, else "cudnn" on GPUs where it serves, else "xla".
+      interpret: parameters of Pallas's GPU interpreter, to run "pallas" on any machine.
+
+    Raises:
+      ValueError: for shapes that do not fit, and for an implementation that cannot serve the call.
     """
+    _check(q, k, v, segment_ids, window, soft_cap)
+    legal = {
+        "xla": None,
+        "pallas": _not_pallas(q, interpret),
+        "cudnn": _not_cudnn(q, segment_ids, soft_cap),
+        "tokamax": missing_extra("tokamax"),
+    }
+    best = next(name for name in ("pallas", "cudnn", "xla") if legal[name] is None)
+    chosen = choose("causal attention", implementation, legal, best=best)
+    if q.size == 0:
+        return jnp.zeros_like(q)
+    if chosen == "pallas":
+        from internjax.kernels.gpu.flash import Rule
+        from internjax.kernels.gpu.flash_attention import flash_attention
+
+        rule = Rule(q.shape[3] ** -0.5, soft_cap, window)
+        return flash_attention(q, k, v, segment_ids, rule, keep=ATTENDED, interpret=interpret)
+    sight = None if window is None else (window - 1, 0)
+    if chosen == "cudnn":
+        attend = jax.nn.dot_product_attention
+        return attend(q, k, v, is_causal=True, local_window_size=sight, implementation="cudnn")
+    if chosen == "tokamax":
+        return _tokamax(q, k, v, segment_ids, sight, soft_cap)
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    if window is not None or soft_cap is not None:
+        return _looped(q, k, v, segment_ids, window, soft_cap)
     return _blockwise(q, k, v, segment_ids)
+
+
+def _check(
+    q: Array, k: Array, v: Array, ids: Array | None, window: int | None, soft_cap: float | None
+) -> None:
+    """Raises ValueError for what no implementation serves."""
+    B, T, N, H = q.shape
+    if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (B, T, H):
+        raise ValueError(
+            f"causal attention: q {q.shape}, k {k.shape}, v {v.shape}; legal are [B, T, N, H] and"
+            " twice [B, T, K, H] with the same B, T, H."
+        )
+    if k.shape[2] == 0 or N % k.shape[2]:
+        raise ValueError(
+            f"causal attention: {N} query heads and {k.shape[2]} KV heads; the first must be a"
+            " multiple of the second."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"causal attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype."
+        )
+    if ids is not None and (ids.shape != (B, T) or not jnp.issubdtype(ids.dtype, jnp.integer)):
+        raise ValueError(
+            f"causal attention: segment_ids {ids.dtype}{list(ids.shape)}; legal are integers"
+            f" [{B}, {T}]."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"causal attention: window={window}; at least 1, or None for no window.")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"causal attention: soft_cap={soft_cap}; above 0, or None for no cap.")
+
+
+def _not_pallas(q: Array, interpret: Any) -> str | None:
+    if (why := not_for_hopper(interpret)) is not None:
+        return why
+    from internjax.kernels.gpu.flash_attention import unserved  # a second that only GPUs pay
+
+    return unserved(q)
+
+
+def _not_cudnn(q: Array, ids: Array | None, soft_cap: float | None) -> str | None:
+    """Says why cuDNN cannot serve a call, or None (limits of jax.nn.dot_product_attention)."""
+    if target().platform != "gpu":
+        return f"it is for NVIDIA GPUs, this is {target().kind!r}: take 'xla'."
+    if not _has_cudnn():
+        return "the library is not installed: pip install nvidia-cudnn-cu13, or take 'xla'."
+    if ids is not None or soft_cap is not None:
+        return "it takes neither segment ids nor a soft cap: take 'xla'."
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[3] % 8 or q.shape[3] > 128:
+        return (
+            "it takes bfloat16 and float16 and heads of at most 128 in multiples of 8, got"
+            f" {q.dtype} and {q.shape[3]}: take 'xla'."
+        )
+    return None
+
+
+def _has_cudnn() -> bool:
+    if importlib.util.find_spec("nvidia") is None:
+        return False
+    return importlib.util.find_spec("nvidia.cudnn") is not None
+
+
+def _tokamax(q: Array, k: Array, v: Array, ids: Array | None, sight: Any, soft_cap: Any) -> Array:
+    import tokamax
+
+    mask = None if ids is None else (ids[:, :, None] == ids[:, None, :])[:, None]
+    return tokamax.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=sight, logits_soft_cap=soft_cap
+    )
 
 
 @jax.custom_vjp
@@ -94,7 +216,14 @@ def _blockwise_backward(kept, g: Array):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _looped(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def _looped(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Array:
     """Attends one block of queries after the other, each to all keys."""
     B, T, N, H = q.shape
     size = LOOP_BLOCK if T % LOOP_BLOCK == 0 else T
@@ -102,9 +231,10 @@ def _looped(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     @jax.checkpoint
     def block(start: Array) -> Array:
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
-        causal = (start + jnp.arange(size))[:, None] >= jnp.arange(T)[None, :]
+        before = (start + jnp.arange(size))[:, None] - jnp.arange(T)[None, :]
+        seen = before >= 0 if window is None else (before >= 0) & (before < window)
         same = cut(segment_ids)[:, :, None] == segment_ids[:, None, :]
-        return attention(cut(q), k, v, causal[None] & same)
+        return attention(cut(q), k, v, seen[None] & same, soft_cap)
 
     blocks = lax.map(block, jnp.arange(0, T, size))
     return blocks.swapaxes(0, 1).reshape(B, T, N, H)

@@ -20,8 +20,11 @@ class Case:
       reference: the same in plain jnp; of the same arguments, with the same results.
       flops: useful FLOPs; num_bytes: bytes that must pass through HBM, each once.
       peers: name -> the same by other means ("xla", "cudnn", "tokamax").
-      tolerance: largest error allowed, as a share of the reference's root mean square.
+      tolerance: norm of the error over the norm of the reference that is allowed, of each result.
       needs: what the compiled code must have: "wgmma" where matrices are multiplied, "tma".
+      rate: of the tensor cores for its types, against bfloat16.
+      work: gives kernel name -> FLOPs that it carries out, also in vain and again; without it the
+        predicted times take `flops` for all of them together.
       why: what is to be said of spills, where there are any.
     """
 
@@ -33,6 +36,8 @@ class Case:
     peers: Mapping[str, Callable] = field(default_factory=dict)
     tolerance: float = 0.02
     needs: tuple[str, ...] = ("wgmma", "tma")
+    rate: int = 1
+    work: Callable[[], Mapping[str, float]] | None = None
     why: str = ""
 
     def shapes(self) -> Arrays:

@@ -43,8 +43,19 @@ def unmet(answer: Row, needs: Sequence[str], why: str) -> list[str]:
     for kernel in answer["kernels"]:
         if (spilled := kernel["spill_bytes"]) and not why:
             found.append(f"{kernel['name']}: {spilled} bytes spilled: mend it, or say why")
+        if waits_for_registers(kernel):
+            found.append(f"{kernel['name']}: setmaxnreg {kernel['exchanged']} would wait for ever")
         found += [f"{kernel['name']}: {note}" for note in kernel["notes"]]
     return found
+
+
+def waits_for_registers(kernel: Row) -> bool:
+    """Whether warpgroups ask for more registers than there are: one gives, the others take."""
+    if not kernel["exchanged"]:
+        return False
+    less, more = kernel["exchanged"][0], kernel["exchanged"][-1]
+    groups = kernel["threads"] // 128
+    return less + (groups - 1) * more > groups * kernel["registers"]
 
 
 def complaints(now: Row, golden: Row | None) -> list[str]:

@@ -167,7 +167,7 @@ def test_a_mapping_takes_new_members_and_a_group_its_unwritten_keys(probe, capsy
         (["probe", "optim.steps=[1"], "optim.steps='[1' is not a whole number."),
         (["probe", "a", "b"], "'b' is one argument too many: internjax probe takes MODEL"),
         (["catalog", "gett"], "no subverb 'gett': did you mean `internjax catalog get`?"),
-        (["bench"], "internjax bench needs a subverb: decode, serve."),
+        (["bench"], "internjax bench needs a subverb: decode, serve, kernels."),
         (["bench", "decod"], "did you mean `internjax bench decode`?"),
     ],
 )

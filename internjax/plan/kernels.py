@@ -26,6 +26,11 @@ LAUNCH = "mpmd_map"  # the primitive by which jax launches a Mosaic GPU kernel
 WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+\.\w+\.\w+\.\w+)")
 TMA_LOAD = re.compile(r"cp\.async\.bulk(?:\.tensor\.\dd|\.prefetch)?\S*\.shared::\w+\.global")
 TMA_STORE = re.compile(r"cp\.async\.bulk(?:\.tensor\.\dd)?\.global\.shared::cta")
+EXCHANGE = re.compile(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32 (\d+)")
+# In HLO: hash of a kernel, and the operation's name, of which the kernel's is the last but one.
+CALL = re.compile(
+    r'"mosaic_gpu_v2".*?op_name="[^"]*?([\w.]+)/\w+".*?kernel_hash = "((?:[^"\\]|\\.)*)"'
+)
 NOTE = re.compile(r"\(C75\d\d\)[^\n]*|C75\d\d[^\n]*")  # ptxas: "Potential Performance Loss"
 
 
@@ -34,7 +39,8 @@ class KernelReport:
     """What one compiled kernel takes of an SM, and which instructions it is made of.
 
     Fields:
-      registers: of a thread, as ptxas allots them before `setmaxnreg` moves them between warps.
+      registers: of a thread, as ptxas allots them before `setmaxnreg` moves them between warps;
+        exchanged: what the warpgroups have after that, if they do.
       spill_bytes: stored to and loaded from local memory, of a thread.
       smem_bytes: dynamic shared memory of a block.
       threads: of a block; blocks: of the grid.
@@ -45,6 +51,7 @@ class KernelReport:
 
     name: str
     registers: int
+    exchanged: tuple[int, ...]
     spill_bytes: int
     smem_bytes: int
     threads: int
@@ -62,6 +69,10 @@ class CompiledKernels:
 
     kernels: tuple[KernelReport, ...]
     temp_bytes: int
+
+
+_SEEN: dict[str, KernelReport] = {}
+"""Reports by the hash of a kernel: one process compiles the same kernel once only."""
 
 
 def compile_kernels(fn: Callable, args: Sequence[Any], gpu: Gpu) -> CompiledKernels:
@@ -82,8 +93,11 @@ def compile_kernels(fn: Callable, args: Sequence[Any], gpu: Gpu) -> CompiledKern
             compiled = traced.lower().compile(compiler_options=OPTIONS)
         finally:
             os.environ.pop(DUMP) if before is None else os.environ.update({DUMP: before})
-        grids = dict(launches(traced.jaxpr.jaxpr))
-        kernels = tuple(_reports(Path(folder), grids))
+        new = {kernel.name: kernel for kernel in _reports(Path(folder), traced.jaxpr.jaxpr)}
+    kernels = tuple(
+        _SEEN.setdefault(key, new[name] if key not in _SEEN else _SEEN[key])
+        for name, key in sorted(set(CALL.findall(compiled.as_text())))
+    )
     return CompiledKernels(kernels, int(compiled.memory_analysis().temp_size_in_bytes))
 
 
@@ -98,7 +112,8 @@ def launches(jaxpr: Any) -> Iterator[tuple[str, int]]:
             yield from launches(sub)
 
 
-def _reports(folder: Path, grids: dict[str, int]) -> Iterator[KernelReport]:
+def _reports(folder: Path, jaxpr: Any) -> Iterator[KernelReport]:
+    grids = dict(launches(jaxpr))
     found = Counter(_name(path) for path in folder.glob("*.ptx"))
     if twice := [name for name, times in found.items() if times > 1]:
         raise ValueError(f"{', '.join(twice)}: kernels that differ need names that differ.")
@@ -123,6 +138,7 @@ def report(name: str, ptx: str, ptxas: str, resources: str, blocks: int) -> Kern
     return KernelReport(
         name=name,
         registers=_number(r"Used (\d+) registers", ptxas),
+        exchanged=tuple(sorted({int(n) for _, n in EXCHANGE.findall(ptx)})),
         spill_bytes=_number(r"(\d+) bytes spill stores", ptxas)
         + _number(r"(\d+) bytes spill loads", ptxas),
         smem_bytes=_number(r"smem_scratch_bytes=(\d+)", resources),
