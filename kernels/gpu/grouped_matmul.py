@@ -14,7 +14,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.kernels.gpu.quant_matmul import Matrix, activation_scales, expand, why_not
-from internjax.kernels.gpu.scaled_matmul import Scaling, Tiles, choose_tiles, scaled_matmul
+from internjax.kernels.gpu.scaled_matmul import (
+    Scaling,
+    Tiles,
+    choose_tiles,
+    group_sums,
+    scaled_matmul,
+)
 from internjax.kernels.platform import choose, not_for_hopper
 
 ROWS = (8, 16, 32, 64, 128, 256, 512)  # of a block
@@ -160,7 +166,7 @@ def _quantized(rows: Array, w: Matrix, owner: Array, used: Array, interpret: Any
         x, scale = activation_scales(x, T, w.values.dtype)
         col = scale.T
     elif w.zeros is not None and (tiles.warpgroups == 1 or T == 1):
-        sums = x.astype(jnp.float32).reshape(-1, T, I // T).sum(axis=-1).T
+        sums = group_sums(x, T, tiles)
     y = scaled_matmul(
         x,
         w.values,

@@ -57,7 +57,8 @@ class Scaling:
     """The factors of the formula above; None leaves one out. T is 1 or I / group.
 
     Fields:
-      row, zero: `[E, T, O]`, float32 or float16; col, sums: `[T, M]` float32.
+      row, zero: `[E, T, O]`, float32 or float16; col, sums: `[T, M]` float32, but where T is 1 and
+        the depth is split, sums of the parts, `[splits, M]`.
     """
 
     row: Array | None = None
@@ -98,6 +99,12 @@ def choose_tiles(
     wide = 64 if promotes or outs % 256 else 128
     stage = step * (128 * bits[0] + 2 * wide * bits[1]) // 8
     return Tiles(128, wide, step, 2, min(4, (SHARED_BYTES - 2 * wide * 128 * 2) // stage))
+
+
+def group_sums(x: Array, groups: int, tiles: Tiles) -> Array:
+    """Returns the sums of tokens that `Scaling` wants beside zeros."""
+    parts = groups if groups > 1 else tiles.splits
+    return x.astype(jnp.float32).reshape(len(x), parts, -1).sum(axis=-1).T
 
 
 def scaled_matmul(
@@ -210,7 +217,7 @@ def scaled_matmul(
         def finish(total):
             if T == 1 and factors:
                 for name in factors:
-                    part = (pl.ds(0, 1), pl.ds(m * tokens, tokens))
+                    part = (pl.ds(s if name == "sums" else 0, 1), pl.ds(m * tokens, tokens))
                     if name in ("row", "zero"):
                         part = (expert, pl.ds(0, 1), pl.ds(o * width + wg * outs, outs))
                     plgpu.copy_gmem_to_smem(gm[name].at[*part], late[name].at[wg], barrier.at[wg])
