@@ -86,19 +86,21 @@ def kernels(cfg: BenchConfig, console: Console) -> None:
     """Prints a line for each kernel: predicted, or checked and measured."""
     from internjax.experiments import bench_kernels as bench
 
+    gpu = bench.this_gpu() if cfg.selftest else None
     cases = bench.chosen(cfg.cases)
-    if cfg.selftest:
-        gpu = bench.this_gpu()
-        rows, title = bench.measured_rows(cases, gpu), f"measured on {gpu.device_name}"
+    if gpu is not None:
+        rows, title = bench.measured_rows(cases, gpu), f"Measured on {gpu.device_name}:"
     else:
         rows = bench.predicted_rows(cases)
-        title = "predicted for one H100 from the compiled code; nothing was run"
+        title = "Predicted for one H100 from the compiled code; nothing was run:"
     done = []
     with Console(stderr=True).status("kernels") as status:
         for row in rows:
             done.append(row)
             status.update(f"kernels: {len(done)} of {len(cases)} done")
-    console.print(bench.table(done, title), soft_wrap=True)
+    console.print(title)
+    for line in bench.lines(done):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if cfg.out:
         write_csv(Path(cfg.out), done)
     if wrong := [row["case"] for row in done if not row.get("ok", True)]:

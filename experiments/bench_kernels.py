@@ -14,11 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from internjax.errors import UserError
 from internjax.kernels.case import Case
-from internjax.kernels.cases import CASES
 from internjax.kernels.platform import HOPPER, target
 from internjax.plan.compile import ask, plan_python
 from internjax.plan.kernel_time import SUSTAINED, predict
@@ -32,6 +30,8 @@ SECONDS, ROUNDS = 0.05, 5  # a round at least; the median of so many rounds coun
 
 def chosen(pattern: str) -> dict[str, Case]:
     """Returns the rows whose name a regular expression is found in."""
+    from internjax.kernels.cases import CASES  # some seconds, which no error needs to wait for
+
     found = {name: case for name, case in CASES.items() if re.search(pattern, name)}
     if not found:
         raise UserError(f"cases={pattern}: no row has that in its name; rows: {', '.join(CASES)}.")
@@ -150,15 +150,15 @@ def timed(run: Callable, args: tuple) -> float:
     return statistics.median(of_round(times) / times for _ in range(ROUNDS))
 
 
-def table(rows: list[Row], title: str) -> Table:
-    """A line for each row."""
+def lines(rows: list[Row]) -> Iterator[str]:
+    """Writes a line for each row below a line of names; what is no text stands to the right."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    shown = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
-    for row in rows:
-        shown.add_row(*(_cell(row.get(name)) for name in columns))
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    return shown
+    cells = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = [isinstance(rows[0].get(name), str) for name in columns]
+    for line in cells:
+        parts = zip(line, widths, left, strict=True)
+        yield "  ".join(f"{c:{'<' if l else '>'}{w}}" for c, w, l in parts).rstrip()
 
 
 def _cell(value: Any) -> str:

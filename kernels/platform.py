@@ -6,7 +6,9 @@ all axes of the mesh to be manual (`shard_map`), or a mesh of one device.
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +18,19 @@ log = logging.getLogger(__name__)
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # sm_90, as `jax.Device.device_kind` names them
 EXTRAS = {"tokamax": "tokamax"}  # implementation -> the extra that installs its package
+
+
+_readable: ContextVar[bool] = ContextVar("readable", default=False)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Keeps what is traced inside free of opaque kernels, for who counts its FLOPs in HLO."""
+    token = _readable.set(True)
+    try:
+        yield
+    finally:
+        _readable.reset(token)
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,8 @@ def not_for_hopper(interpret: object = None) -> str | None:
     here = target()
     if interpret:
         return None
+    if _readable.get():
+        return "the program is compiled to be read, and this kernel's work cannot be read off it."
     if not here.hopper:
         return (
             f"its code is for sm_90 GPUs ({', '.join(HOPPER)}), this is {here.kind!r}: leave"

@@ -37,18 +37,20 @@ def run(kind: str, M: int, R: int, I: int, O: int, used: int):
 
 def near(got, want) -> None:
     """One rounding of the result; with many rows, one of each expanded weight besides."""
-    assert np.abs(got - want).max() < 2**-6 * np.abs(want).max()
-
-
-def test_quantized_blocks_are_the_reference():
-    near(*run("int4", 3, 8, 128, 64, used=2))
+    assert np.abs(got - want).max() <= 2**-6 * np.abs(want).max()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("M", "R", "I", "O", "used"),
-    [(1, 8, 128, 64, 1), (4, 16, 256, 192, 0), (2, 128, 256, 128, 2), (3, 256, 128, 256, 1)],
+    [
+        (1, 8, 128, 64, 1),
+        (3, 8, 128, 64, 2),
+        (4, 16, 256, 192, 0),
+        (2, 128, 256, 128, 2),
+        (3, 256, 128, 256, 1),
+    ],
 )
 def test_blocks_of_every_kind(kind: str, M: int, R: int, I: int, O: int, used: int):
     if kind == "fp8" and O % 128:

@@ -43,9 +43,8 @@ def check(name: str, D: int, quantize: str | None) -> None:
     assert (np.abs(values * scale[..., None] - want) <= steps * np.abs(want) + step).all()
 
 
-@pytest.mark.parametrize(("name", "quantize"), [("rms_norm", "int8"), ("swiglu", None)])
-def test_rows_are_the_models(name: str, quantize: str | None):
-    check(name, 256, quantize)
+def test_rows_that_are_rounded_are_the_models():
+    check("swiglu", 256, "int8")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from internjax.errors import Missing
+from internjax.kernels.platform import readable
 from internjax.plan.topology import Gpu, target_config
 
 type Build = Callable[[jax.sharding.Mesh], tuple[Callable, Sequence[Any]]]
@@ -67,7 +68,7 @@ def compile_step(
     start = time.perf_counter()
     fn, args = build(mesh)  # outside the mesh: what it computes would run on devices not here
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=0)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), readable():
         lowered = jitted.lower(*args)
     key = _key(lowered.as_text(), gpu)
     if cache and _file(cache, key).is_file():

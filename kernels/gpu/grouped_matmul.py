@@ -14,7 +14,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.kernels.gpu.quant_matmul import Matrix, activation_scales, expand, why_not
-from internjax.kernels.gpu.scaled_matmul import Scaling, Tiles, choose_tiles, scaled_matmul
+from internjax.kernels.gpu.scaled_matmul import (
+    Scaling,
+    Tiles,
+    choose_tiles,
+    group_sums,
+    scaled_matmul,
+)
 from internjax.kernels.platform import choose, not_for_hopper
 
 ROWS = (8, 16, 32, 64, 128, 256, 512)  # of a block
@@ -101,7 +107,7 @@ def _multiply(
     """Returns the products with plain weights, `[E, I, O]` or, not input_major, `[E, O, I]`."""
     M, R, I = rows.shape
     O = w.shape[2 if input_major else 1]
-    tiles = choose_tiles(R, O, I, bits=(16, 16), expands=False, whole=True, blocks=M)
+    tiles = choose_tiles(R, O, I, bits=(16, 16), promotes=False, blocks=M)
     x, owner, used = _blocks(rows, owner, used, tiles)
     y = scaled_matmul(
         x,
@@ -153,14 +159,14 @@ def _quantized(rows: Array, w: Matrix, owner: Array, used: Array, interpret: Any
     O, T = w.values.shape[-2], w.scales.shape[-2]
     fp8 = w.values.dtype == jnp.float8_e4m3fn
     bits = (8 if fp8 else 16, jax.dtypes.itemsize_bits(w.values.dtype))
-    tiles = choose_tiles(R, O, I, bits=bits, expands=not fp8, whole=T == 1, blocks=M)
+    tiles = choose_tiles(R, O, I, bits=bits, promotes=fp8, blocks=M)
     x, owner, used = _blocks(rows, owner, used, tiles)
     col = sums = None
     if fp8:
         x, scale = activation_scales(x, T, w.values.dtype)
         col = scale.T
     elif w.zeros is not None and (tiles.warpgroups == 1 or T == 1):
-        sums = x.astype(jnp.float32).reshape(-1, T, I // T).sum(axis=-1).T
+        sums = group_sums(x, T, tiles)
     y = scaled_matmul(
         x,
         w.values,

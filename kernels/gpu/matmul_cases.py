@@ -27,13 +27,14 @@ def draw_matrix(dtype, groups: int, zeros: bool, key: Array, lead: tuple[int, ..
     return Matrix(values, jnp.full(scales, 2 / most, jnp.float16 if zeros else jnp.float32), middle)
 
 
-WEIGHTS = {  # name -> draw a matrix, activations
-    "int4 in groups of 128": (partial(draw_matrix, jnp.int4, INPUTS // 128, True), None),
-    "int4 in groups of 32": (partial(draw_matrix, jnp.int4, INPUTS // 32, True), None),
-    "int8": (partial(draw_matrix, jnp.int8, 1, False), None),
-    "int8 x int8": (partial(draw_matrix, jnp.int8, 1, False), "int8"),
-    "fp8": (partial(draw_matrix, E4M3, 1, False), None),
-    "fp8 in blocks": (partial(draw_matrix, E4M3, INPUTS // 128, False), None),
+WEIGHTS: dict[str, tuple[Callable[..., Matrix], str | None, int]] = {
+    # name -> draw a matrix, activations, rate of the tensor cores against bfloat16
+    "int4 in groups of 128": (partial(draw_matrix, jnp.int4, INPUTS // 128, True), None, 1),
+    "int4 in groups of 32": (partial(draw_matrix, jnp.int4, INPUTS // 32, True), None, 1),
+    "int8": (partial(draw_matrix, jnp.int8, 1, False), None, 1),
+    "int8 x int8": (partial(draw_matrix, jnp.int8, 1, False), "int8", 2),
+    "fp8": (partial(draw_matrix, E4M3, 1, False), None, 2),
+    "fp8 in blocks": (partial(draw_matrix, E4M3, INPUTS // 128, False), None, 2),
 }
 
 
@@ -96,12 +97,15 @@ def _backward(case: Case) -> Case:
         run=gradients(case.run),
         reference=gradients(case.reference),
         flops=2 * case.flops,
+        work=lambda: {"grouped_matmul_turned_many": case.flops},  # the weights' gradient is XLA's
         num_bytes=2 * case.num_bytes,
         peers={"xla": gradients(case.reference)},
     )
 
 
-def _case(tokens: int, matrix: Callable[[Array], Matrix], activations: str | None) -> Case:
+def _case(
+    tokens: int, matrix: Callable[[Array], Matrix], activations: str | None, rate: int
+) -> Case:
     def draw(key: Array) -> tuple[Array, Matrix]:
         x_key, w_key = jax.random.split(key)
         return jax.random.normal(x_key, (tokens, INPUTS), jnp.bfloat16), matrix(w_key)
@@ -115,4 +119,5 @@ def _case(tokens: int, matrix: Callable[[Array], Matrix], activations: str | Non
         flops=2.0 * tokens * INPUTS * OUTPUTS,
         num_bytes=array_bytes(shapes) + 2.0 * tokens * OUTPUTS,
         peers={"xla": partial(run, implementation="xla")},
+        rate=rate,
     )

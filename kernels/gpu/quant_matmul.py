@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from internjax.kernels.gpu.scaled_matmul import Scaling, Tiles, choose_tiles, scaled_matmul
+from internjax.kernels.gpu.scaled_matmul import (
+    Scaling,
+    Tiles,
+    choose_tiles,
+    group_sums,
+    scaled_matmul,
+)
 from internjax.kernels.gpu.wgmma import bits
 from internjax.kernels.platform import choose, not_for_hopper
 
@@ -187,8 +193,8 @@ def activation_scales(x: Float[Array, "*B I"], T: int, dtype) -> tuple[Array, Fl
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: Array, w: Matrix, activations: str, interpret: Any) -> Array:
-    M, I = x.shape
-    (_O, _), T = w.values.shape, w.scales.shape[0]
+    M = len(x)
+    T = len(w.scales)
     tiles = tiles_of(M, w, activations)
     padded = jnp.pad(x, ((0, -M % tiles.tokens), (0, 0)))
     col = sums = None
@@ -198,7 +204,7 @@ def _product(x: Array, w: Matrix, activations: str, interpret: Any) -> Array:
         )
         col = scale.T
     elif w.zeros is not None and (tiles.warpgroups == 1 or T == 1):
-        sums = padded.astype(jnp.float32).reshape(-1, T, I // T).sum(axis=-1).T
+        sums = group_sums(padded, T, tiles)
     lead = lambda v: None if v is None else v[None]  # noqa: E731
     y = scaled_matmul(
         padded,
@@ -220,8 +226,7 @@ def tiles_of(tokens: int, w: Matrix, activations: str) -> Tiles:
         O,
         I,
         bits=(jax.dtypes.itemsize_bits(jnp.dtype(activations)), bits(w.values)),
-        expands=activations == "bfloat16",
-        whole=w.scales.shape[-2] == 1,
+        promotes=w.values.dtype == E4M3,
     )
 
 

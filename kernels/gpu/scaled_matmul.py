@@ -57,7 +57,8 @@ class Scaling:
     """The factors of the formula above; None leaves one out. T is 1 or I / group.
 
     Fields:
-      row, zero: `[E, T, O]`, float32 or float16; col, sums: `[T, M]` float32.
+      row, zero: `[E, T, O]`, float32 or float16; col, sums: `[T, M]` float32, but where T is 1 and
+        the depth is split, sums of the parts, `[splits, M]`.
     """
 
     row: Array | None = None
@@ -72,19 +73,17 @@ def choose_tiles(
     depth: int,
     *,
     bits: tuple[int, int],
-    expands: bool,
-    whole: bool,
+    promotes: bool,
     blocks: int = 1,
 ) -> Tiles:
     """Picks the tiles of a product of so many tokens, outputs and inputs.
 
     Few tokens: small tiles, and enough splits of the depth that every SM has a block. Many: two
-    computing warpgroups, so weights are read once for 128 tokens; with half as many outputs where
-    partial sums need registers of their own.
+    computing warpgroups, so weights are read once for 128 tokens.
 
     Args:
       bits: of an element of the tokens and of the weights.
-      expands: weights become bfloat16 in registers; whole: one group is all of the depth.
+      promotes: sums of many tokens need registers of their own before they are scaled and added.
       blocks: of so many tokens each, in one launch.
     """
     step = 64 if min(bits) >= 16 else 128
@@ -97,9 +96,15 @@ def choose_tiles(
                 break
             splits *= 2
         return Tiles(batch, 64, step, 1, 4, splits)
-    wide = 128 if (expands or whole) and outs % 256 == 0 else 64
+    wide = 64 if promotes or outs % 256 else 128
     stage = step * (128 * bits[0] + 2 * wide * bits[1]) // 8
     return Tiles(128, wide, step, 2, min(4, (SHARED_BYTES - 2 * wide * 128 * 2) // stage))
+
+
+def group_sums(x: Array, groups: int, tiles: Tiles) -> Array:
+    """Returns the sums of tokens that `Scaling` wants beside zeros."""
+    parts = groups if groups > 1 else tiles.splits
+    return x.astype(jnp.float32).reshape(len(x), parts, -1).sum(axis=-1).T
 
 
 def scaled_matmul(
@@ -141,6 +146,9 @@ def scaled_matmul(
     shift = 8.0 if bits(w) == 4 else 0.0
     # Many tokens: cheaper to scale the weights than the sums, and the tensor cores never wait.
     expand = many and in_registers and T > 1
+    # The tensor cores' own sums of fp8 keep about 14 bits (arXiv:2412.19437, 3.3.2): they are added
+    # up in float32 after every step.
+    promote = (T > 1 and not expand) or x.dtype == jnp.float8_e4m3fn
     piped = ["x", "w", *(factors if T > 1 else [])]
     turned, sum_dtype = (outs, tokens), jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     steps = I // tiles.depth // tiles.splits
@@ -199,17 +207,17 @@ def scaled_matmul(
                 )
                 for n in range(groups)
             ]
-            if T == 1 or expand:
+            if not promote:
                 return add_products(total, terms, interpreted=interpreted)
             for n, term in enumerate(terms):
                 part = add_products(zeros(), [term], interpreted=interpreted)
-                total += scaled(part, sm, n, own)
+                total += scaled(part, sm, n, own) if T > 1 else part
             return total
 
         def finish(total):
             if T == 1 and factors:
                 for name in factors:
-                    part = (pl.ds(0, 1), pl.ds(m * tokens, tokens))
+                    part = (pl.ds(s if name == "sums" else 0, 1), pl.ds(m * tokens, tokens))
                     if name in ("row", "zero"):
                         part = (expert, pl.ds(0, 1), pl.ds(o * width + wg * outs, outs))
                     plgpu.copy_gmem_to_smem(gm[name].at[*part], late[name].at[wg], barrier.at[wg])
