@@ -132,7 +132,8 @@ def error(got: Any, want: Any) -> float:
         apart = float(np.linalg.norm(a - b)) / size
         return apart if math.isfinite(apart) else math.inf
 
-    return max(map(one, jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(one(a, b) for a, b in pairs)
 
 
 def timed(run: Callable, args: tuple) -> float:

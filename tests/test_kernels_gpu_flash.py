@@ -140,8 +140,8 @@ def test_a_copy_that_does_not_wait_until_its_place_is_free_is_found(monkeypatch)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's NumPy
 @pytest.mark.slow
 def test_tokens_that_see_only_themselves_and_numbers_that_are_none():
-    T = 100
-    q, k, v, _ = inputs(2, T, 1, 1, 64)
+    T = 100  # two blocks of keys: most queries see nothing of the first one
+    q, k, v, _ = inputs(2, T, 1, 1, 256)
     ids = jnp.stack([jnp.arange(T), jnp.zeros(T, jnp.int32)]).astype(jnp.int32)
     q, k = q.at[1, 40, 0, 5].set(jnp.nan), k.at[1, 70, 0, 0].set(jnp.nan)
     got = interpreted(q, k, v, ids)

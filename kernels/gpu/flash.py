@@ -25,7 +25,10 @@ TILE = COMPUTE * ROWS  # queries of a thread block
 # Of a thread, exchanged at the start: before, each has 65536 / 384, rounded down to eights: 168. If
 # two of one and one of the other were more than three times that, they would wait for ever.
 REGISTERS = {"compute": 240, "copy": 24}
-NEG = -1e30  # score of what is not seen: finite, so that a block without any seen key stays finite
+# Score of what is not seen, and the largest score of a query that has seen nothing yet. The second is
+# far above the first and below every score: weights of unseen keys are 0 and not exp2(NEG - NEG),
+# which a fused multiply-add makes infinite.
+NEG, LEAST = -1e30, -1e20
 LOG2E = math.log2(math.e)
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MATRIX, BY_ROW, BY_COLUMN = (
@@ -348,7 +351,7 @@ def forward(
 
             pl.when(wg == 1)(pass_turn)  # the other one begins
             (scores,) = next_scores(jnp.int32(0))
-            nothing = filled(NEG, (ROWS,), BY_ROW), filled(0.0, (ROWS,), BY_ROW)
+            nothing = filled(LEAST, (ROWS,), BY_ROW), filled(0.0, (ROWS,), BY_ROW)
             carry = (*nothing, filled(0.0, (ROWS, H), MATRIX), scores)
             carry = lax.fori_loop(1, steps, step, carry)
             top, total, acc, weights = soften(steps - 1, *carry)
