@@ -24,7 +24,12 @@ COMPILE := $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --al
            --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
            --no-emit-options pyproject.toml requirements/build.in
 
-.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check clean
+# llama.cpp as a peer: AVX-512 VNNI where this CPU has it; its AMX path faults on some virtual machines.
+VNNI := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo 2>/dev/null),ON,OFF)
+LLAMA := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=$(VNNI) \
+         -DGGML_AVX512_VNNI=$(VNNI) -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
+
+.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check sanitize clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,11 +71,15 @@ plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails whe
 	@echo "== Golden plans"
 	@$(PY) tests/plan_goldens.py
 
+sanitize: ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	@echo "== CPU kernels under sanitizers"
+	@bash tools/sanitize_kernels.sh
+
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 
-clean: ## removes what was built here: environments, caches, stamps (not runs/ and not the models)
+clean: ## removes what was built here: environments, caches, stamps, CPU kernels (not runs/ and not the models)
 	@echo "== Removing $(VENV), $(PEERS), $(PLAN), $(STAMPS), .cache and build leftovers"
-	@rm -rf $(VENV) $(PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info kernels/cpu/_native*.so .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS):
@@ -111,4 +120,7 @@ $(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)
 	@echo "== Peers: $(PEERS)"
 	@python="$$(bash tools/find_python.sh 3.11 3.11)"; echo "   with $$python"; "$$python" -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/reference/requirements.txt
+	@echo "   llama.cpp from source, for the instructions of this CPU but AMX"
+	@CMAKE_ARGS="$(LLAMA)" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	   --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@

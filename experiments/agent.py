@@ -80,7 +80,7 @@ def endpoint(cfg: AgentConfig) -> Iterator[str]:
     from internjax.models.load import load
     from internjax.serve.server import serving
 
-    with serving(load(cfg.model), name=cfg.model) as url:
+    with serving(load(cfg.model, packed=True), name=cfg.model) as url:
         yield url
 
 

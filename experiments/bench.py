@@ -112,7 +112,7 @@ def decode_rows(cfg: BenchConfig) -> Iterator[Row]:
     from internjax.models.load import load
     from internjax.serve.engine import Engine, EngineConfig
 
-    model = load(cfg.model, dtype=cfg.dtype)
+    model = load(cfg.model, dtype=cfg.dtype, packed=True)
     longest = max(prompt + new for prompt, new in cfg.lengths)
     if longest > model.cfg.max_context:
         raise UserError(
@@ -218,7 +218,8 @@ def endpoint(cfg: BenchConfig) -> Iterator[str]:
     from internjax.serve.server import serving
 
     engine = EngineConfig(slots=max(cfg.concurrency), kv_dtype=cfg.kv_dtype)
-    with serving(load(cfg.model, dtype=cfg.dtype), name=cfg.model, engine=engine) as url:
+    model = load(cfg.model, dtype=cfg.dtype, packed=True)
+    with serving(model, name=cfg.model, engine=engine) as url:
         yield url
 
 

@@ -46,7 +46,8 @@ def main(raw: DictConfig) -> None:
     from internjax.serve.local import LocalLM
 
     # One slot: a single stream decodes at the speed of matrix-vector products.
-    lm = LocalLM(load(cfg.model, dtype=cfg.dtype), EngineConfig(slots=1, context=cfg.context))
+    model = load(cfg.model, dtype=cfg.dtype, packed=True)
+    lm = LocalLM(model, EngineConfig(slots=1, context=cfg.context))
     history = [{"role": "system", "content": cfg.system}] if cfg.system else []
     console = Console(highlight=False)
     if cfg.prompt:

@@ -37,7 +37,7 @@ def main(raw: DictConfig) -> None:
     from internjax.models.load import load
     from internjax.serve.server import run_server
 
-    model = load(cfg.model, dtype=cfg.dtype)
+    model = load(cfg.model, dtype=cfg.dtype, packed=True)
     serve = cfg.serve if cfg.serve.name else dataclasses.replace(cfg.serve, name=cfg.model)
 
     def ready(url: str) -> None:

@@ -1,0 +1,122 @@
+// Runs every path of the CPU kernels that this machine has over odd shapes, on buffers of exactly
+// their size, and compares it with the portable path bit for bit. Built with AddressSanitizer and
+// UBSan by tools/sanitize_kernels.sh, which also builds it with ThreadSanitizer.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu.h"
+#include "paths.h"
+#include "threads.h"
+
+using namespace internjax;
+
+namespace {
+
+std::mt19937 random_bits(0);
+int failures = 0;
+
+template <typename T>
+std::vector<T> drawn(int64_t n, float low, float high) {
+  std::uniform_real_distribution<float> real(low, high);
+  std::vector<T> out(n);
+  for (T& x : out) x = static_cast<T>(real(random_bits));
+  return out;
+}
+
+void expect_same(const char* what, const char* path, const std::vector<float>& want,
+                 const std::vector<float>& got) {
+  if (std::memcmp(want.data(), got.data(), want.size() * 4) == 0) return;
+  std::printf("%s: %s differs from portable\n", what, path);
+  ++failures;
+}
+
+// Tiles of random bytes; scales and offsets are finite halves.
+std::vector<uint8_t> drawn_tiles(int64_t blocks, int64_t groups, int bits, int64_t group) {
+  const int64_t bytes = tile_bytes(bits, group), codes = kLanes * group * bits / 8;
+  auto tiles = drawn<uint8_t>(blocks * groups * bytes, 0, 255.9f);
+  for (int64_t tile = 0; tile < blocks * groups; ++tile)
+    for (int64_t i = codes + 1; i < bytes; i += 2) tiles[tile * bytes + i] = 0x3c + i % 3;
+  return tiles;
+}
+
+void check_matmul(int bits, int64_t rows, int64_t groups, int64_t group, int64_t columns,
+                  bool rounded) {
+  const int64_t depth = groups * group, blocks = (columns + kLanes - 1) / kLanes;
+  const auto x = drawn<float>(rows * depth, -3, 3);
+  const auto tiles = drawn_tiles(blocks, groups, bits, group);
+  std::vector<float> first;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    const Path* path = find_path(name);
+    if (!path) continue;
+    std::vector<int8_t> values(rounded ? rows * depth : 0);
+    std::vector<int32_t> totals(rounded ? rows * groups : 0);
+    std::vector<float> scales(rounded ? rows * groups : 0), sums(rows * groups);
+    std::vector<float> out(rows * columns);
+    const Activations a = {x.data(),    values.data(), scales.data(), totals.data(),
+                           sums.data(), rows,          depth,         group,
+                           rounded};
+    const Matmul m = {a, tiles.data(), out.data(), columns, bits};
+    pool().run(rows, [&](int64_t i) { path->quantize(a, i, i + 1); });
+    pool().run(blocks, [&](int64_t i) { path->matmul(m, i, i + 1); });
+    if (first.empty()) first = out;
+    expect_same("matmul", path->name, first, out);
+  }
+}
+
+template <typename T>
+void check_attention(KvType type, int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, int64_t block_len, int64_t table_len) {
+  const int64_t blocks = batch * table_len, rows = heads / kv_heads * queries;
+  const int64_t most = block_len * table_len, pieces = (most + kPiece - 1) / kPiece;
+  const auto q = drawn<float>(batch * queries * heads * head_dim, -1, 1);
+  const bool bytes = type == KvType::kInt8, halves = type == KvType::kBfloat16;
+  const float low = bytes ? -127 : halves ? 0x3e00 : -1, high = bytes ? 127 : halves ? 0x3f80 : 1;
+  const auto k = drawn<T>(blocks * block_len * kv_heads * head_dim, low, high);
+  const auto v = drawn<T>(k.size(), low, high);
+  const auto scale = drawn<float>(bytes ? blocks * block_len * kv_heads : 0, 0.001f, 0.01f);
+  std::vector<int32_t> table(blocks), lengths(batch);
+  for (int64_t i = 0; i < blocks; ++i) table[i] = static_cast<int32_t>(blocks - 1 - i);
+  for (int64_t i = 0; i < batch; ++i) lengths[i] = static_cast<int32_t>(most * i / (batch - 1));
+  std::vector<float> first;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    const Path* path = find_path(name);
+    if (!path) continue;
+    std::vector<float> out(q.size()), partial(batch * kv_heads * pieces * rows * (head_dim + 2));
+    const PagedAttention a = {q.data(), k.data(), v.data(), scale.data(), scale.data(),
+                              table.data(), lengths.data(), out.data(), partial.data(), type,
+                              batch, queries, heads, head_dim, kv_heads, block_len, table_len,
+                              pieces, 1.0f / std::sqrt(static_cast<float>(head_dim))};
+    pool().run(batch * kv_heads * pieces, [&](int64_t i) {
+      path->attend(a, i / pieces / kv_heads, i / pieces % kv_heads, i % pieces);
+    });
+    const PlainFloats plain;
+    for (int64_t i = 0; i < batch * kv_heads; ++i) path->merge(a, i / kv_heads, i % kv_heads);
+    if (first.empty()) first = out;
+    expect_same("attention", path->name, first, out);
+  }
+}
+
+}  // namespace
+
+int main() {
+  set_threads(3);
+  for (const int bits : {4, 8})
+    for (const bool rounded : {true, false})
+      for (const int64_t group : {16, 32, 48, 128})
+        for (const int64_t rows : {1, 2, 5, 15})
+          for (const int64_t columns : {1, 16, 41})
+            check_matmul(bits, rows, 3, group, columns, rounded);
+  check_attention<float>(KvType::kFloat32, 3, 1, 9, 3, 64, 16, 33);
+  check_attention<float>(KvType::kFloat32, 2, 4, 4, 4, 80, 300, 2);
+  check_attention<uint16_t>(KvType::kBfloat16, 3, 8, 4, 1, 16, 7, 5);
+  check_attention<int8_t>(KvType::kInt8, 4, 2, 6, 2, 48, 32, 9);
+  for (int i = 0; i < 300; ++i) {  // short jobs: workers come late, sleep, and wake
+    if (i % 100 == 99) set_threads(2 + i % 3);
+    check_matmul(4, 1, 1, 32, 40, true);
+  }
+  std::printf("%s\n", failures ? "FAILED" : "all paths agree");
+  return failures != 0;
+}

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds the CPU kernels with sanitizers and runs tests/cpu_kernels_check.cc over them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CXX="${CXX:-g++}"
+out="$(mktemp -d)"
+trap 'rm -rf "$out"' EXIT
+sources=(tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,path_portable,path_avx2,path_avx512}.cc)
+
+check() { # check NAME FLAGS...: compiles with the flags and runs
+  local name=$1 source
+  shift
+  mkdir "$out/$name"
+  for source in "${sources[@]}"; do
+    "$CXX" -std=c++17 -O1 -g -ffp-contract=off -w -Ikernels/cpu "$@" \
+      -c "$source" -o "$out/$name/$(basename "$source").o"
+  done
+  "$CXX" "$@" "$out/$name"/*.o -pthread -o "$out/$name/check"
+  echo -n "$name: "
+  "$out/$name/check"
+}
+
+check address+undefined -fsanitize=address,undefined -fno-sanitize-recover=all
+check thread -fsanitize=thread
