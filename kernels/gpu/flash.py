@@ -25,9 +25,9 @@ TILE = COMPUTE * ROWS  # queries of a thread block
 # Of a thread, exchanged at the start: before, each has 65536 / 384, rounded down to eights: 168. If
 # two of one and one of the other were more than three times that, they would wait for ever.
 REGISTERS = {"compute": 240, "copy": 24}
-# Score of what is not seen, and the largest score of a query that has seen nothing yet. The second is
-# far above the first and below every score: weights of unseen keys are 0 and not exp2(NEG - NEG),
-# which a fused multiply-add makes infinite.
+# Score of what is not seen, and the largest score of a query that has seen nothing yet. The second
+# is far above the first and below every score, so that weights of unseen keys are 0. Were they the
+# same, exp2(NEG f - NEG f) would be infinite where the compiler fuses multiply and add.
 NEG, LEAST = -1e30, -1e20
 LOG2E = math.log2(math.e)
 HEAD_SIZES = (64, 80, 96, 128, 256)
