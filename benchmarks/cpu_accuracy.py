@@ -43,10 +43,15 @@ def pieces(tokenizer, number: int) -> np.ndarray:
 
 def compare(exact: np.ndarray, other: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Returns sums over positions: agreements, KL, -log p of the next id (float32's, other's)."""
-    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (exact, other))
+    p, q = (_log_softmax(x) for x in (exact, other))
     kl = (np.exp(p) * (p - q)).sum(axis=-1)
     nll = [-np.take_along_axis(x[:, :-1], ids[:, 1:, None], axis=-1).sum() for x in (p, q)]
     return np.asarray([(p.argmax(-1) == q.argmax(-1)).sum(), kl.sum(), *nll])
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def show(name: str, sums: np.ndarray, ids: np.ndarray) -> None:

@@ -22,9 +22,9 @@ _HANDLERS = {
     "internjax_paged_attention": "InternjaxPagedAttention",
 }
 _LOST = (
-    "the CPU kernels are not there (%s): quantized weights are expanded to floats at every product,"
-    " which decodes several times slower. To build them install a C++17 compiler, for example g++,"
-    " then this package anew."
+    "the CPU kernels are not there (%s): quantized weights are expanded to floats, which takes more"
+    " memory and time. To build them install a C++17 compiler, for example g++, then this package"
+    " anew."
 )
 
 
