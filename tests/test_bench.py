@@ -16,7 +16,7 @@ from tests.test_serve_engine import make_model
 def tiny(monkeypatch):
     """The verb's `load` gives a tiny random model, whatever the name."""
     model = make_model(context=2048)
-    monkeypatch.setattr("internjax.models.load.load", lambda name, dtype: model)
+    monkeypatch.setattr("internjax.models.load.load", lambda name, dtype, packed: model)
     return model
 
 
