@@ -4,15 +4,13 @@ Runs in the environment that has jax's CUDA plugin. A request names a row of `ke
 a GPU of `plan/topology.py`.
 """
 
-import json
-import os
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 from internjax.errors import UserError
 from internjax.kernels.cases import CASES
+from internjax.plan.compile import answer_lines
 from internjax.plan.kernels import compile_kernels
 from internjax.plan.topology import gpu_named
 
@@ -28,17 +26,5 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"kernels": kernels, "temp_bytes": done.temp_bytes, "seconds": seconds}
 
 
-def main() -> None:
-    """Answers until the input ends; what a user can mend is answered, the rest is a bug."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # nothing but answers on stdout, whatever a library prints
-    for line in sys.stdin:
-        try:
-            found = answer(json.loads(line))
-        except UserError as error:
-            found = {"error": str(error)}
-        print(json.dumps(found), file=out, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_lines(answer)

@@ -4,9 +4,6 @@ Runs in the environment that has jax's CUDA plugin. Builds the very step that tr
 QLoRA step where the request has a rank, and compiles it for GPUs that are not here.
 """
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +15,12 @@ import jax.numpy as jnp
 from internjax.adapt.lora import LoraConfig, attach, init_adapter
 from internjax.adapt.quantize import QuantConfig, quantize
 from internjax.chain.pretraining import PretrainConfig, make_program
-from internjax.errors import UserError
 from internjax.experiments.config import build
 from internjax.mesh import MeshConfig, make_mesh
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import init_params, param_table
 from internjax.models.remat import Remat
-from internjax.plan.compile import compile_step
+from internjax.plan.compile import answer_lines, compile_step
 from internjax.plan.memory import Work
 from internjax.plan.topology import gpu_named, topology
 from internjax.train.gradients import make_gradients
@@ -127,17 +123,5 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def main() -> None:
-    """Answers until the input ends; what a user can mend is answered, the rest is a bug."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # nothing but answers on stdout, whatever a library prints
-    for line in sys.stdin:
-        try:
-            found = answer(json.loads(line))
-        except UserError as error:
-            found = {"error": str(error)}
-        print(json.dumps(found), file=out, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_lines(answer)

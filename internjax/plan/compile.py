@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from internjax.errors import Missing
+from internjax.errors import Missing, UserError
 from internjax.kernels.platform import readable
 from internjax.plan.topology import Gpu, target_config
 
@@ -121,7 +121,7 @@ def plan_python(env: str = ".venv-plan") -> Path:
         if (folder / "bin" / "python").is_file():
             return folder.absolute() / "bin" / "python"
     raise Missing(
-        f"no environment {env} that compiles for GPUs: make plan-env (about 1.3 GB), or"
+        f"no environment {env} that compiles for GPUs: make plan-env (about 1.5 GB), or"
         " pip install 'internjax[aot]'."
     )
 
@@ -157,6 +157,21 @@ def ask(
                 yield {"error": _last_words(errors.read())}
                 answered += 1
         left = left[answered:]
+
+
+def answer_lines(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The other end of `ask`: answers until the input ends.
+
+    What a user can mend is answered as {"error": ...}, the rest is a bug and ends the process.
+    """
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing but answers on stdout, whatever a library prints
+    for line in sys.stdin:
+        try:
+            found = answer(json.loads(line))
+        except UserError as error:
+            found = {"error": str(error)}
+        print(json.dumps(found), file=out, flush=True)
 
 
 def _started(module: str, python: Path, errors: Any) -> subprocess.Popen:
