@@ -110,7 +110,7 @@ $(STAMPS)/model: $(STAMPS)/quickstart
 # Every package by hash and nothing else: the CUDA libraries that only running needs stay away.
 $(STAMPS)/plan: requirements/plan.txt pyproject.toml | $(STAMPS)
 	@echo "== Plans: $(PLAN)"
-	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv $(PLAN)
+	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv --clear $(PLAN)
 	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
 	   -r requirements/plan.txt
 	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -118,7 +118,7 @@ $(STAMPS)/plan: requirements/plan.txt pyproject.toml | $(STAMPS)
 
 $(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)
 	@echo "== Peers: $(PEERS)"
-	@python="$$(bash tools/find_python.sh 3.11 3.11)"; echo "   with $$python"; "$$python" -m venv $(PEERS)
+	@python="$$(bash tools/find_python.sh 3.11 3.11)"; echo "   with $$python"; "$$python" -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/reference/requirements.txt
 	@echo "   llama.cpp from source, for the instructions of this CPU but AMX"
 	@CMAKE_ARGS="$(LLAMA)" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -48,7 +48,7 @@ class Context:
         size = self.vocab * ctypes.sizeof(ctypes.c_float)
         out = [llama.llama_get_logits_ith(self.context, i) for i in rows]
         logits = [ctypes.string_at(x, size) for x in out]
-        return np.frombuffer(b"".join(logits), np.float32).reshape(len(rows), -1)
+        return np.frombuffer(b"".join(logits), np.float32).reshape(len(rows), self.vocab)
 
     def fill(self, prompt: list[int], sequence: int) -> np.ndarray:
         """Prefills one sequence; returns the logits of its last token."""
