@@ -6,7 +6,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.kernels.attention import attention
+from internjax.kernels.cpu import rope_write as cpu_rope_write
 from internjax.kernels.cpu.attention import paged_attention, serves
+from internjax.models import rope
 from internjax.models.config import ModelConfig
 from internjax.tree import Leaf
 
@@ -75,6 +77,35 @@ def update_layer(
         k=_set(cache.k, layer, write(cache.k[layer], k, start)),
         v=_set(cache.v, layer, write(cache.v[layer], v, start)),
     )
+
+
+def rotate_and_write(
+    cache: KVCache,
+    layer: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    angle: Float[Array, "B T half"],
+    factor: float,
+    start: Int[Array, " B"],
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    """Returns rotated queries, and the cache with rotated keys and values written at `start`.
+
+    The CPU kernel does all of it where it serves.
+    """
+    if not cpu_rope_write.serves(q, cache.k[layer].dtype):
+        q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
+        return q, update_layer(cache, layer, k, v, start)
+    B, T = q.shape[:2]
+    positions = start[:, None] + jnp.arange(T, dtype=start.dtype)[None]
+    rows = cache.length * jnp.arange(B, dtype=start.dtype)[:, None]
+    places = jnp.where(positions < cache.length, rows + positions, -1)
+    turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * factor
+    stores = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x]
+    pool = tuple(x[layer] for x in stores)
+    q, pool = cpu_rope_write.rope_write(q, k, v, turns, pool, places)
+    new = [_set(all, layer, x) for all, x in zip(stores, pool, strict=True)]
+    return q, KVCache(*new, *[()] * (4 - len(new)))
 
 
 def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
 from internjax.models import rope
-from internjax.models.cache import KVCache, attend_layer, update_layer
+from internjax.models.cache import KVCache, attend_layer, rotate_and_write
 from internjax.models.config import ModelConfig
 from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, ones, zeros
@@ -20,7 +20,7 @@ from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
 from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
-from internjax.weights import einsum, gather, take, transposed
+from internjax.weights import einsum, einsums, gather, take, transposed
 
 
 def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
@@ -148,11 +148,12 @@ def run_layers(
         B, T = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     attend = attend_on(positions, segment_ids, par)
-    angle = _angles(cfg, positions, inv_freq, x.dtype)
+    angle, factor = _angles(cfg, positions, inv_freq, x.dtype), rope.attention_factor(cfg.rope)
 
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
-        q, k, v = _qkv(x, w, angle, cfg, par)
+        q, k, v = _qkv(x, w, cfg, par)
+        q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
         x, more = _finish(x, attend(q, k, v), w, cfg, par)
         return (x, aux + more), None
 
@@ -190,11 +191,11 @@ def decode(
     params, cfg = unstack_layers(params), unlimited(cfg)
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)[None, :]
     dtype = jnp.dtype(cfg.dtype)
-    angle = _angles(cfg, positions, inv_freq, dtype)
+    angle, factor = _angles(cfg, positions, inv_freq, dtype), rope.attention_factor(cfg.rope)
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
-        q, k, v = _qkv(x, w, angle, cfg)
-        cache = update_layer(cache, i, k, v, start)
+        q, k, v = _qkv(x, w, cfg)
+        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start)
         x, _ = _finish(x, attend_layer(q, cache, i, start, attend), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
@@ -224,20 +225,18 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
     return einsum(f"{lead}D,DV->{lead}V", x, head, widened=True)
 
 
-def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, par: Parallel = ALONE):
-    """Returns rotated q `[B, T, N, H]`, rotated k and v `[B, T, K, H]` of a layer."""
+def _qkv(x: Array, w: Params, cfg: ModelConfig, par: Parallel = ALONE):
+    """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]` of a layer, before they are rotated."""
     h = gather_length(rms_norm(x, w["attn_norm"], cfg.norm_eps), par)
-    q = einsum("BTD,DNH->BTNH", h, gather(w["wq"], 0, par))
-    k = einsum("BTD,DKH->BTKH", h, gather(w["wk"], 0, par))
-    v = einsum("BTD,DKH->BTKH", h, gather(w["wv"], 0, par))
+    weights = [gather(w[name], 0, par) for name in ("wq", "wk", "wv")]
+    q, k, v = einsums(("BTD,DNH->BTNH", "BTD,DKH->BTKH", "BTD,DKH->BTKH"), h, weights)
     if cfg.qkv_bias:
         q, k, v = (
             y + w[b].astype(y.dtype)[None, None] for y, b in ((q, "bq"), (k, "bk"), (v, "bv"))
         )
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
-    factor = rope.attention_factor(cfg.rope)
-    return rope.rotate(q, angle, factor), rope.rotate(k, angle, factor), v
+    return q, k, v
 
 
 def _finish(
@@ -262,8 +261,8 @@ def _feed_forward(h: Array, w: Params, cfg: ModelConfig, par: Parallel) -> tuple
 
 
 def _dense(h: Array, w: Params, par: Parallel) -> Array:
-    gate = einsum("BTD,DF->BTF", h, gather(w["w_gate"], 0, par))
-    up = einsum("BTD,DF->BTF", h, gather(w["w_up"], 0, par))
+    weights = gather(w["w_gate"], 0, par), gather(w["w_up"], 0, par)
+    gate, up = einsums(("BTD,DF->BTF", "BTD,DF->BTF"), h, weights)
     return einsum("BTF,FD->BTD", swiglu(gate, up), gather(w["w_down"], 1, par))
 
 
