@@ -9,6 +9,7 @@
 
 #include "cpu.h"
 #include "paths.h"
+#include "rope_write.h"
 #include "threads.h"
 
 using namespace internjax;
@@ -99,6 +100,23 @@ void check_attention(KvType type, int64_t batch, int64_t queries, int64_t heads,
   }
 }
 
+// Reads and writes of a pool that is exactly as large as said, with places outside of it.
+void check_rope_write(KvType type, int64_t size) {
+  const int64_t tokens = 5, heads = 4, kv_heads = 2, head_dim = 12, positions = 7;
+  const auto q = drawn<float>(tokens * heads * head_dim, -1, 1);
+  const auto k = drawn<float>(tokens * kv_heads * head_dim, -1, 1), v = drawn<float>(k.size(), -1, 1);
+  const auto turns = drawn<float>(tokens * head_dim, -1, 1);
+  const std::vector<int32_t> places = {6, -1, 0, 7, 3};
+  std::vector<float> out(q.size()), k_scale(positions * kv_heads), v_scale(k_scale.size());
+  std::vector<uint8_t> k_pool(positions * kv_heads * head_dim * size), v_pool(k_pool.size());
+  const bool bytes = type == KvType::kInt8;
+  const RopeWrite r = {q.data(), k.data(), v.data(), turns.data(), places.data(), out.data(),
+                       k_pool.data(), v_pool.data(), bytes ? k_scale.data() : nullptr,
+                       bytes ? v_scale.data() : nullptr, type, tokens, heads, kv_heads, head_dim,
+                       positions};
+  pool().run(tokens, [&](int64_t i) { rope_write(r, i, i + 1); });
+}
+
 }  // namespace
 
 int main() {
@@ -113,6 +131,9 @@ int main() {
   check_attention<float>(KvType::kFloat32, 2, 4, 4, 4, 80, 300, 2);
   check_attention<uint16_t>(KvType::kBfloat16, 3, 8, 4, 1, 16, 7, 5);
   check_attention<int8_t>(KvType::kInt8, 4, 2, 6, 2, 48, 32, 9);
+  check_rope_write(KvType::kFloat32, 4);
+  check_rope_write(KvType::kBfloat16, 2);
+  check_rope_write(KvType::kInt8, 1);
   for (int i = 0; i < 300; ++i) {  // short jobs: workers come late, sleep, and wake
     if (i % 100 == 99) set_threads(2 + i % 3);
     check_matmul(4, 1, 1, 32, 40, true);

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 CXX="${CXX:-g++}"
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
-sources=(tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,path_portable,path_avx2,path_avx512}.cc)
+sources=(tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,rope_write,path_portable,path_avx2,path_avx512}.cc)
 
 check() { # check NAME FLAGS...: compiles with the flags and runs
   local name=$1 source

@@ -39,6 +39,17 @@ INLINE Floats load_kv(const void* p, int64_t at) {
   return load_int8(static_cast<const int8_t*>(p) + at);
 }
 
+// Asks for keys or values some places ahead: they lie apart, so a core's own prefetcher is no help.
+template <KvType T>
+INLINE void ask_ahead(const PagedAttention& a, const void* pool, const int64_t* places, int64_t i,
+                      int64_t keys) {
+  constexpr int64_t kAheadKeys = 12;
+  constexpr int64_t size = T == KvType::kFloat32 ? 4 : T == KvType::kBfloat16 ? 2 : 1;
+  if (i + kAheadKeys >= keys) return;
+  const char* p = static_cast<const char*>(pool) + places[i + kAheadKeys] * a.head_dim * size;
+  for (int64_t byte = 0; byte < a.head_dim * size; byte += 64) __builtin_prefetch(p + byte);
+}
+
 // Row `row` of a head group: query row % queries of query head head * group + row / queries.
 INLINE int64_t query_at(const PagedAttention& a, int64_t sequence, int64_t head, int64_t row) {
   const int64_t n = head * (a.heads / a.kv_heads) + row / a.queries;
@@ -54,17 +65,40 @@ INLINE float* partial_of(const PagedAttention& a, int64_t sequence, int64_t head
 // Mixes values of W lanes-wide strips from `h` on; W sums at a time hide each other's latency.
 template <KvType T, int W>
 INLINE void mix(const PagedAttention& a, const float* weights, const int64_t* places,
-                int64_t count, int64_t h, float* out) {
+                int64_t count, int64_t h, bool first, float* out) {
   Floats sums[W];
   UNROLL
   for (int w = 0; w < W; ++w) sums[w] = splat(0.0f);
   for (int64_t i = 0; i < count; ++i) {
+    if (first) ask_ahead<T>(a, a.v, places, i, count);
     const Floats weight = splat(weights[i]);
     UNROLL
     for (int w = 0; w < W; ++w)
       sums[w] = sums[w] + weight * load_kv<T>(a.v, places[i] * a.head_dim + h + w * kLanes);
   }
   for (int w = 0; w < W; ++w) store(out + h + w * kLanes, sums[w]);
+}
+
+// Scores of one query with kLanes keys; those from `ahead` on, if there are any, are asked for.
+template <KvType T>
+INLINE void score(const PagedAttention& a, const float* q, const int64_t* places, int64_t ahead,
+                  float* out) {
+  Floats dots[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) ask_ahead<T>(a, a.k, places, i, ahead);
+  UNROLL
+  for (int64_t first = 0; first < kLanes; first += kKeys) {
+    UNROLL
+    for (int64_t i = first; i < first + kKeys; ++i) dots[i] = splat(0.0f);
+    for (int64_t h = 0; h < a.head_dim; h += kLanes) {
+      const Floats part = load(q + h);
+      UNROLL
+      for (int64_t i = first; i < first + kKeys; ++i)
+        dots[i] = dots[i] + part * load_kv<T>(a.k, places[i] * a.head_dim + h);
+    }
+  }
+  store(out, sums(dots) * splat(a.scale));
+  if (T == KvType::kInt8)
+    for (int64_t i = 0; i < kLanes; ++i) out[i] *= a.k_scale[places[i]];
 }
 
 template <KvType T>
@@ -77,20 +111,18 @@ void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64
   const int64_t left = a.lengths[sequence] - start;
   const int64_t keys = left < 0 ? 0 : left < kPiece ? left : kPiece;
   for (int64_t i = 0; i < keys; ++i) places[i] = place(a, sequence, start + i, head);
+  for (int64_t i = keys; i % kLanes; ++i) places[i] = places[0];  // read, and not used
   for (int64_t row = 0; row < rows; ++row, partial += H + 2) {
     const int64_t seen = visible(a, sequence, row) - start;
     const int64_t count = seen < 0 ? 0 : seen < keys ? seen : keys;
     const float* q = a.q + query_at(a, sequence, head, row);
-    float top = -INFINITY;
-    for (int64_t i = 0; i < count; ++i) {
-      Floats dot = splat(0.0f);
-      for (int64_t h = 0; h < H; h += kLanes)
-        dot = dot + load(q + h) * load_kv<T>(a.k, places[i] * H + h);
-      scores[i] = sum(dot) * a.scale;
-      if (T == KvType::kInt8) scores[i] *= a.k_scale[places[i]];
-      top = scores[i] > top ? scores[i] : top;
+    Floats tops = splat(-INFINITY);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      score<T>(a, q, places + i, row == 0 ? keys - i : 0, scores + i);
+      for (int64_t j = count; j < i + kLanes; ++j) scores[j] = -INFINITY;
+      tops = larger(load(scores + i), tops);
     }
-    for (int64_t i = count; i % kLanes; ++i) scores[i] = -INFINITY;
+    const float top = largest(tops);
     Floats total = splat(0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
       const Floats weight = exp_below_zero(load(scores + i) - splat(top));
@@ -102,8 +134,8 @@ void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64
     if (T == KvType::kInt8)
       for (int64_t i = 0; i < count; ++i) scores[i] *= a.v_scale[places[i]];
     int64_t h = 0;
-    for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix<T, 4>(a, scores, places, count, h, partial);
-    for (; h < H; h += kLanes) mix<T, 1>(a, scores, places, count, h, partial);
+    for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix<T, 4>(a, scores, places, count, h, row + h == 0, partial);
+    for (; h < H; h += kLanes) mix<T, 1>(a, scores, places, count, h, row + h == 0, partial);
   }
 }
 

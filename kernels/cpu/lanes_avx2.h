@@ -5,8 +5,9 @@ struct Ints { __m256i a, b; };
 struct Bytes { __m256i a, b; };
 
 constexpr int kRows = 2;  // rows that share a tile while it is unpacked
+constexpr int kKeys = 4;  // whose scores are summed side by side
 constexpr int kGroup = 32;  // groups of this size are compiled apart, loops unrolled
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE Floats splat(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
 INLINE Ints splat(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
@@ -120,6 +121,17 @@ INLINE float sum(Floats x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+INLINE Floats sums(const Floats (&x)[16]) {
+  float all[16];
+  for (int i = 0; i < 16; ++i) all[i] = sum(x[i]);
+  return load(all);
+}
+INLINE float largest(Floats x) {
+  float all[8], s = -INFINITY;
+  _mm256_storeu_ps(all, _mm256_max_ps(x.a, x.b));
+  for (float each : all) s = each > s ? each : s;
+  return s;
 }
 INLINE int32_t sum(Ints x) {
   int32_t all[8], s = 0;

@@ -5,8 +5,9 @@ struct Ints { __m512i v; };
 struct Bytes { __m512i v; };
 
 constexpr int kRows = 8;  // rows that share a tile while it is unpacked
+constexpr int kKeys = 16;  // whose scores are summed side by side
 constexpr int kGroup = 32;  // groups of this size are compiled apart, loops unrolled
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE Floats splat(float x) { return {_mm512_set1_ps(x)}; }
 INLINE Ints splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -79,5 +80,30 @@ INLINE float sum(Floats a) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
+// Lane i is the sum of a[i], by the tree of `sum`: each step halves two vectors into one.
+INLINE Floats sums(const Floats (&a)[16]) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+  const __m512i high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  __m512 b[8];
+UNROLL
+  for (int i = 0; i < 8; ++i)
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0x44),
+                         _mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0xEE));
+  __m512d c[4];
+UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(b[i]), y = _mm512_castps_pd(b[i + 4]);
+    c[i] = _mm512_castps_pd(_mm512_add_ps(_mm512_castpd_ps(_mm512_permutex2var_pd(x, low, y)),
+                                          _mm512_castpd_ps(_mm512_permutex2var_pd(x, high, y))));
+  }
+  __m512 d[2];
+UNROLL
+  for (int i = 0; i < 2; ++i)
+    d[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c[i], c[i + 2])),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(c[i], c[i + 2])));
+  return {_mm512_add_ps(_mm512_mask_moveldup_ps(d[0], 0xAAAA, d[1]),
+                        _mm512_mask_movehdup_ps(d[1], 0x5555, d[0]))};
+}
+INLINE float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 INLINE int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
 INLINE int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a.v); }

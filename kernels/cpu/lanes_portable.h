@@ -6,6 +6,7 @@ struct Ints { int32_t v[16]; };
 struct Bytes { uint8_t v[64]; };  // 16 columns x 4 inputs
 
 constexpr int kRows = 2;  // rows that share a tile while it is unpacked
+constexpr int kKeys = 4;  // whose scores are summed side by side
 constexpr int kGroup = 0;  // no size of a group is compiled apart
 #define UNROLL
 
@@ -110,6 +111,9 @@ INLINE float sum(Floats a) {
   for (int n = 8; n; n /= 2) for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
   return a.v[0];
 }
+// Lane i is the sum of a[i].
+INLINE Floats sums(const Floats (&a)[16]) { Floats r; EACH r.v[i] = sum(a[i]); return r; }
+INLINE float largest(Floats a) { float s = a.v[0]; EACH s = a.v[i] > s ? a.v[i] : s; return s; }
 INLINE int32_t sum(Ints a) { int32_t s = 0; EACH s += a.v[i]; return s; }
 INLINE int32_t largest(Ints a) { int32_t s = a.v[0]; EACH s = a.v[i] > s ? a.v[i] : s; return s; }
 
