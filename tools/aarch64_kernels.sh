@@ -16,16 +16,25 @@ out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
 
 build() { # build COMPILER NAME: the check, static, with what setup.py compiles with
-  "$1" -std=c++17 -O2 -ffp-contract=off -w -Ikernels/cpu -static -pthread tests/cpu_kernels_check.cc \
-    kernels/cpu/{cpu,threads,path_portable,path_avx2,path_avx512}.cc -o "$out/$2"
+  "$1" -std=c++17 -O2 -ffp-contract=off -w -Ikernels/cpu -static -pthread -o "$out/$2" \
+    tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,path_portable,path_avx2,path_avx512}.cc
 }
 
 build "$CXX" here
 build "$CROSS" aarch64
-"$out/here" >"$out/here.txt"
-qemu-aarch64 "$out/aarch64" >"$out/aarch64.txt"
-echo "$(uname -m): $(tr '\n' ' ' <"$out/here.txt")"
-echo "aarch64 under qemu: $(tr '\n' ' ' <"$out/aarch64.txt")"
+run() { # run NAME TITLE COMMAND...: runs a build, shows and keeps what it prints
+  local name=$1 title=$2
+  shift 2
+  if "$@" >"$out/$name.txt"; then
+    echo "$title: $(tr '\n' ' ' <"$out/$name.txt")"
+  else
+    echo "$title: failed, $(tr '\n' ' ' <"$out/$name.txt")" >&2
+    exit 1
+  fi
+}
+
+run here "$(uname -m)" "$out/here"
+run aarch64 "aarch64 under qemu" qemu-aarch64 "$out/aarch64"
 if ! cmp -s "$out/here.txt" "$out/aarch64.txt"; then
   echo "aarch64 computes other bits than $(uname -m)" >&2
   exit 1
