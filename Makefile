@@ -29,10 +29,10 @@ VNNI := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo 2>/dev/null),ON,OFF)
 LLAMA := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=$(VNNI) \
          -DGGML_AVX512_VNNI=$(VNNI) -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check sanitize clean
+.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check sanitize aarch64 clean
 
 help: ## says what there is to make
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(STAMPS)/model ## installs, fetches the model, runs the whole chain
 	@echo "== The chain: from raw documents to a served, tool-using model"
@@ -74,6 +74,10 @@ plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails whe
 sanitize: ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@echo "== CPU kernels under sanitizers"
 	@bash tools/sanitize_kernels.sh
+
+aarch64: ## the CPU kernels on aarch64, under qemu: the same bits as here
+	@echo "== CPU kernels on aarch64"
+	@PY=$(PY) bash tools/aarch64_kernels.sh
 
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 

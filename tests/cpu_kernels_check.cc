@@ -1,6 +1,8 @@
 // Runs every path of the CPU kernels that this machine has over odd shapes, on buffers of exactly
 // their size, and compares it with the portable path bit for bit. Built with AddressSanitizer and
-// UBSan by tools/sanitize_kernels.sh, which also builds it with ThreadSanitizer.
+// UBSan by tools/sanitize_kernels.sh, which also builds it with ThreadSanitizer, and for aarch64 by
+// tools/aarch64_kernels.sh. The last line is a digest of the portable path's results: the same on
+// every machine.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -18,6 +20,7 @@ namespace {
 
 std::mt19937 random_bits(0);
 int failures = 0;
+uint64_t digest = 0xcbf29ce484222325;  // FNV-1a (RFC 9923)
 
 template <typename T>
 std::vector<T> drawn(int64_t n, float low, float high) {
@@ -32,6 +35,15 @@ void expect_same(const char* what, const char* path, const std::vector<float>& w
   if (std::memcmp(want.data(), got.data(), want.size() * 4) == 0) return;
   std::printf("%s: %s differs from portable\n", what, path);
   ++failures;
+}
+
+// Takes a result of the portable path into the digest.
+void add_to_digest(const std::vector<float>& out) {
+  for (const float x : out) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    for (int i = 0; i < 32; i += 8) digest = (digest ^ (bits >> i & 255)) * 0x100000001b3;
+  }
 }
 
 // Tiles of random bytes; scales and offsets are finite halves.
@@ -65,6 +77,7 @@ void check_matmul(int bits, int64_t rows, int64_t groups, int64_t group, int64_t
     if (first.empty()) first = out;
     expect_same("matmul", path->name, first, out);
   }
+  add_to_digest(first);
 }
 
 template <typename T>
@@ -98,6 +111,7 @@ void check_attention(KvType type, int64_t batch, int64_t queries, int64_t heads,
     if (first.empty()) first = out;
     expect_same("attention", path->name, first, out);
   }
+  add_to_digest(first);
 }
 
 // Reads and writes of a pool that is exactly as large as said, with places outside of it.
@@ -139,5 +153,6 @@ int main() {
     check_matmul(4, 1, 1, 32, 40, true);
   }
   std::printf("%s\n", failures ? "FAILED" : "all paths agree");
+  std::printf("digest %016llx\n", static_cast<unsigned long long>(digest));
   return failures != 0;
 }

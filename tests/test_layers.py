@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Left to right: who may be imported by everything after it. One row is one layer.
 LAYERS = [
-    {"version", "errors", "tree", "mesh", "lineage", "telemetry", "sandbox", "catalog", "report"},
+    {"version", "xla_flags", "errors", "tree", "mesh", "lineage", "telemetry", "sandbox", "catalog"}
+    | {"report"},
     {"collectives"},
     {"kernels"},
     {"weights", "checkpoint"},

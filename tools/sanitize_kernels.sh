@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Builds the CPU kernels with sanitizers and runs tests/cpu_kernels_check.cc over them.
+# Needs, on Debian and Ubuntu: apt-get install g++
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/need.sh
 
 CXX="${CXX:-g++}"
+need "$CXX" g++
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
 sources=(tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,rope_write,path_portable,path_avx2,path_avx512}.cc)
