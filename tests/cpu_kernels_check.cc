@@ -103,8 +103,9 @@ void check_attention(KvType type, int64_t batch, int64_t queries, int64_t heads,
                               table.data(), lengths.data(), out.data(), partial.data(), type,
                               batch, queries, heads, head_dim, kv_heads, block_len, table_len,
                               pieces, 1.0f / std::sqrt(static_cast<float>(head_dim))};
-    pool().run(batch * kv_heads * pieces, [&](int64_t i) {
-      path->attend(a, i / pieces / kv_heads, i / pieces % kv_heads, i % pieces);
+    pool().run(batch * kv_heads * pieces * rows, [&](int64_t i) {
+      const int64_t row = i % rows, group = i / rows / pieces;
+      path->attend(a, group / kv_heads, group % kv_heads, i / rows % pieces, row, row + 1);
     });
     const PlainFloats plain;
     for (int64_t i = 0; i < batch * kv_heads; ++i) path->merge(a, i / kv_heads, i % kv_heads);

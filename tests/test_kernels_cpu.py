@@ -213,6 +213,7 @@ POOLS = {  # batch, queries, heads, KV heads, head size, block length, blocks a 
     "one query": (3, 1, 9, 3, 64, 16, 40),
     "a few": (2, 4, 4, 4, 16, 32, 3),
     "rows as blocks": (1, 8, 4, 2, 80, 600, 1),
+    "a piece of a prompt": (2, 50, 2, 1, 32, 300, 1),
 }
 
 
@@ -239,6 +240,7 @@ def drawn_pool(dtype: str, shape: str):
         ("float32", "one query"),
         ("bfloat16", "a few"),
         ("int8", "rows as blocks"),
+        ("float32", "a piece of a prompt"),
         pytest.param("int8", "a few", marks=pytest.mark.slow),
     ],
 )
@@ -278,7 +280,7 @@ def test_empty_sequences_and_stale_blocks_are_harmless():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"q": jnp.ones((3, 9, 9, 64))}, r"9 queries a sequence; legal are 1..8"),
+        ({"q": jnp.ones((3, 129, 9, 64))}, r"129 queries a sequence; legal are 1..128"),
         ({"q": jnp.ones((3, 1, 9, 40)), "k": jnp.ones((2, 4, 3, 40))}, "multiples of 16"),
         ({"q": jnp.ones((3, 1, 9, 64), jnp.float16)}, "legal are float32, bfloat16"),
         ({"q": jnp.ones((3, 1, 8, 64))}, "q has 8 heads of 64, the pool 3 of 64"),

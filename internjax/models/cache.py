@@ -1,5 +1,6 @@
 """The keys and values of past tokens: one array a layer, optionally int8 with a scale a token."""
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -88,18 +89,23 @@ def rotate_and_write(
     angle: Float[Array, "B T half"],
     factor: float,
     start: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Returns rotated queries, and the cache with rotated keys and values written at `start`.
 
     The CPU kernel does all of it where it serves.
+
+    Args:
+      rows: of the cache, where the kernels work in place (`in_place`); else and by default each
+        sequence has its own.
     """
     if not cpu_rope_write.serves(q, cache.k[layer].dtype):
         q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
         return q, update_layer(cache, layer, k, v, start)
     B, T = q.shape[:2]
     positions = start[:, None] + jnp.arange(T, dtype=start.dtype)[None]
-    rows = cache.length * jnp.arange(B, dtype=start.dtype)[:, None]
-    places = jnp.where(positions < cache.length, rows + positions, -1)
+    first = cache.length * _rows(rows, B)[:, None]
+    places = jnp.where(positions < cache.length, first + positions, -1)
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * factor
     stores = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x]
     pool = tuple(x[layer] for x in stores)
@@ -126,6 +132,7 @@ def attend_layer(
     layer: int,
     start: Int[Array, " B"],
     attend: int | None = None,
+    rows: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attends queries at positions start.. of each row to the cached keys up to their own.
 
@@ -136,13 +143,26 @@ def attend_layer(
         scales = {}
         if cache.k_scale:
             scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
-        table = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]  # a row is one block
+        table = _rows(rows, q.shape[0])[:, None]  # a row is one block
         lengths = start + q.shape[1]
         return paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, **scales)
     k, v = read_layer(cache, layer, attend, q.dtype)
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=start.dtype)[None, :]
     keys = jnp.arange(k.shape[1], dtype=start.dtype)
     return attention(q, k, v, keys[None, None, :] <= positions[:, :, None])
+
+
+def in_place(cfg: ModelConfig, dtype) -> bool:
+    """Whether the CPU kernels read and write a cache of `dtype` where it is, and only what is used.
+
+    Then one compiled program serves any length, and any rows of the cache.
+    """
+    q = jax.ShapeDtypeStruct((1, 1, cfg.num_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
+    return serves(q, jnp.dtype(dtype)) and cpu_rope_write.serves(q, jnp.dtype(dtype))
+
+
+def _rows(rows: Array | None, batch: int) -> Array:
+    return jnp.arange(batch, dtype=jnp.int32) if rows is None else rows
 
 
 def _set(items: tuple, index: int, value) -> tuple:

@@ -176,6 +176,7 @@ def decode(
     *,
     inv_freq: Array | None = None,
     attend: int | None = None,
+    rows: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs tokens at positions start..start+T-1, writing and reading the cache.
 
@@ -185,6 +186,7 @@ def decode(
     Args:
       start: `[B]` positions already in the cache of each row.
       attend: static bound on the cache positions read; must exceed every position run.
+      rows: of the cache, that the tokens belong to; only where `cache.in_place`. Default: all.
 
     Returns: the normed states `[B, T, D]` before the head, and the cache with the new tokens.
     """
@@ -195,8 +197,8 @@ def decode(
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
         q, k, v = _qkv(x, w, cfg)
-        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start)
-        x, _ = _finish(x, attend_layer(q, cache, i, start, attend), w, cfg)
+        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start, rows)
+        x, _ = _finish(x, attend_layer(q, cache, i, start, attend, rows), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
 

@@ -23,6 +23,7 @@ from internjax.errors import UserError
 from internjax.kernels.cpu.library import available
 from internjax.kernels.cpu.matmul import ACTIVATIONS
 from internjax.models import rope
+from internjax.models.cache import in_place
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
 from internjax.serve import slots as device
@@ -118,7 +119,8 @@ class Engine:
         self.grammars = Grammars(model.tokenizer, model.cfg.vocab_size)
         self.work = threading.Condition()
         self._ids = itertools.count(1)
-        self._attends = attend_buckets(self.context)
+        whole = in_place(self.cfg, config.kv_dtype)
+        self._attends = (self.context,) if whole else attend_buckets(self.context)
         self._programs: set[tuple] = set()
         self._pending: deque[tuple[Sampled, list[Request]]] = deque()
         self._words = -(-model.cfg.vocab_size // 32)

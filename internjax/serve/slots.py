@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from internjax.models import rope
-from internjax.models.cache import KVCache, init_cache
+from internjax.models.cache import KVCache, in_place, init_cache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
 from internjax.serve.sampling import Sampled, Sampling, init_sampling, sample
@@ -73,21 +73,24 @@ def prefill(
 
     Args:
       attend: positions taken out of the slot's row and put back; at least start + T, so that the
-        cost follows the prompt and not the cache.
+        cost follows the prompt and not the cache. Not looked at where the cache is used in place.
     """
 
-    def take_row(x: Array) -> Array:
-        return lax.dynamic_slice(x, (slot,) + (0,) * (x.ndim - 1), (1, attend, *x.shape[2:]))
+    run = partial(decode, params, tokens[None], cfg=cfg, start=start[None], inv_freq=inv_freq)
+    if in_place(cfg, slots.cache.k[0].dtype):
+        _, cache = run(cache=slots.cache, rows=slot[None])
+    else:
+        _, row = run(cache=jax.tree.map(partial(_take_row, slot, attend), slots.cache))
+        cache = jax.tree.map(partial(_put_row, slot), slots.cache, row)
+    return slots.replace(cache=cache, length=slots.length.at[slot].set(start + count))
 
-    def put_row(x: Array, row: Array) -> Array:
-        return lax.dynamic_update_slice(x, row, (slot,) + (0,) * (x.ndim - 1))
 
-    rows = jax.tree.map(take_row, slots.cache)
-    _, rows = decode(params, tokens[None], rows, start[None], cfg, inv_freq=inv_freq)
-    return slots.replace(
-        cache=jax.tree.map(put_row, slots.cache, rows),
-        length=slots.length.at[slot].set(start + count),
-    )
+def _take_row(slot: Array, attend: int, x: Array) -> Array:
+    return lax.dynamic_slice(x, (slot,) + (0,) * (x.ndim - 1), (1, attend, *x.shape[2:]))
+
+
+def _put_row(slot: Array, x: Array, row: Array) -> Array:
+    return lax.dynamic_update_slice(x, row, (slot,) + (0,) * (x.ndim - 1))
 
 
 @partial(jax.jit, donate_argnames="slots")

@@ -1,4 +1,4 @@
-// Attention of one or few queries over keys and values in blocks, over the lanes of one path.
+// Attention of one or more queries over keys and values in blocks, over the lanes of one path.
 // Keys are taken in pieces of `kPiece`, each with a softmax of its own; `merge` joins the pieces
 // (online softmax, arXiv:1805.02867). Pieces do not depend on threads, so no bit of the result does.
 
@@ -102,23 +102,23 @@ INLINE void score(const PagedAttention& a, const float* q, const int64_t* places
 }
 
 template <KvType T>
-void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64_t piece) {
-  const int64_t rows = a.heads / a.kv_heads * a.queries, H = a.head_dim;
-  const int64_t start = piece * kPiece;
-  float* partial = partial_of(a, sequence, head, piece);
+void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64_t piece,
+                  int64_t first, int64_t last) {
+  const int64_t start = piece * kPiece, H = a.head_dim;
+  float* partial = partial_of(a, sequence, head, piece) + first * (H + 2);
   float scores[kPiece];
   int64_t places[kPiece];
   const int64_t left = a.lengths[sequence] - start;
   const int64_t keys = left < 0 ? 0 : left < kPiece ? left : kPiece;
   for (int64_t i = 0; i < keys; ++i) places[i] = place(a, sequence, start + i, head);
   for (int64_t i = keys; i % kLanes; ++i) places[i] = places[0];  // read, and not used
-  for (int64_t row = 0; row < rows; ++row, partial += H + 2) {
+  for (int64_t row = first; row < last; ++row, partial += H + 2) {
     const int64_t seen = visible(a, sequence, row) - start;
     const int64_t count = seen < 0 ? 0 : seen < keys ? seen : keys;
     const float* q = a.q + query_at(a, sequence, head, row);
     Floats tops = splat(-INFINITY);
     for (int64_t i = 0; i < count; i += kLanes) {
-      score<T>(a, q, places + i, row == 0 ? keys - i : 0, scores + i);
+      score<T>(a, q, places + i, row == first ? count - i : 0, scores + i);
       for (int64_t j = count; j < i + kLanes; ++j) scores[j] = -INFINITY;
       tops = larger(load(scores + i), tops);
     }
@@ -134,15 +134,20 @@ void attend_piece(const PagedAttention& a, int64_t sequence, int64_t head, int64
     if (T == KvType::kInt8)
       for (int64_t i = 0; i < count; ++i) scores[i] *= a.v_scale[places[i]];
     int64_t h = 0;
-    for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix<T, 4>(a, scores, places, count, h, row + h == 0, partial);
-    for (; h < H; h += kLanes) mix<T, 1>(a, scores, places, count, h, row + h == 0, partial);
+    const bool ahead = row == first;
+    for (; h + 4 * kLanes <= H; h += 4 * kLanes)
+      mix<T, 4>(a, scores, places, count, h, ahead && h == 0, partial);
+    for (; h < H; h += kLanes) mix<T, 1>(a, scores, places, count, h, ahead && h == 0, partial);
   }
 }
 
-void attend(const PagedAttention& a, int64_t sequence, int64_t head, int64_t piece) {
-  if (a.type == KvType::kFloat32) attend_piece<KvType::kFloat32>(a, sequence, head, piece);
-  if (a.type == KvType::kBfloat16) attend_piece<KvType::kBfloat16>(a, sequence, head, piece);
-  if (a.type == KvType::kInt8) attend_piece<KvType::kInt8>(a, sequence, head, piece);
+// Rows first..last-1 of a head group over one piece of the keys.
+void attend(const PagedAttention& a, int64_t sequence, int64_t head, int64_t piece, int64_t first,
+            int64_t last) {
+  const auto each = a.type == KvType::kFloat32    ? attend_piece<KvType::kFloat32>
+                    : a.type == KvType::kBfloat16 ? attend_piece<KvType::kBfloat16>
+                                                  : attend_piece<KvType::kInt8>;
+  each(a, sequence, head, piece, first, last);
 }
 
 // Joins the pieces of one head group; rows that see no key become 0.

@@ -1,4 +1,4 @@
-"""Attention of one or few queries a sequence over keys and values in blocks: reference and kernel.
+"""Causal attention of a piece of each sequence over keys and values in blocks; its reference.
 
 Sequences name their blocks in a table (PagedAttention, arXiv:2309.06180), so that they can grow in
 one pool and share what they have in common; a cache of whole rows is the case of one block a row.
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from internjax.kernels.cpu import library
 
 LANES = 16
-MOST_QUERIES = 8  # of a sequence; longer pieces of a prompt are better served by matrix products
+MOST_QUERIES = 128  # of a sequence: the pieces that prompts are cut into
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
@@ -51,7 +51,7 @@ def paged_attention(
     return call(q.astype(jnp.float32), k, v, *scales, *where, path=path).astype(q.dtype)
 
 
-def serves(q: Float[Array, "B T N H"], dtype) -> bool:
+def serves(q: Array | jax.ShapeDtypeStruct, dtype) -> bool:
     """Whether the kernel is there and takes such queries over a pool of `dtype`."""
     fits = q.shape[1] <= MOST_QUERIES and q.shape[3] % LANES == 0
     return fits and q.dtype in DTYPES[:2] and dtype in DTYPES and library.available()

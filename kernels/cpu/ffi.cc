@@ -113,13 +113,20 @@ ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuff
                             block_len, table_len, pieces,
                             1.0f / std::sqrt(static_cast<float>(head_dim))};
   Pool& threads = pool();
-  threads.run(batch * kv_heads * pieces, [&](int64_t i) {
-    const int64_t group = i / pieces, piece = i % pieces;
+  const int64_t jobs = (rows + kRowsOfJob - 1) / kRowsOfJob, groups = batch * kv_heads;
+  threads.run(groups * pieces * jobs, [&](int64_t i) {
+    const int64_t first = i % jobs * kRowsOfJob, last = std::min(first + kRowsOfJob, rows);
+    const int64_t piece = i / jobs % pieces, group = i / jobs / pieces;
     if (piece * kPiece < clamped[group / kv_heads])
-      path->attend(a, group / kv_heads, group % kv_heads, piece);
+      path->attend(a, group / kv_heads, group % kv_heads, piece, first, last);
   });
-  const PlainFloats plain;
-  for (int64_t i = 0; i < batch * kv_heads; ++i) path->merge(a, i / kv_heads, i % kv_heads);
+  const auto merge = [&](int64_t i) { path->merge(a, i / kv_heads, i % kv_heads); };
+  if (rows * pieces >= kRowsOfJob) {
+    threads.run(groups, merge);
+  } else {
+    const PlainFloats plain;
+    for (int64_t i = 0; i < groups; ++i) merge(i);
+  }
   return ffi::Error::Success();
 }
 

@@ -31,7 +31,7 @@ struct Matmul {
 
 enum class KvType { kFloat32, kBfloat16, kInt8 };
 
-// One or few queries a sequence over keys and values that lie in blocks.
+// A piece of each sequence over keys and values that lie in blocks.
 struct PagedAttention {
   const float* q;                        // [batch, queries, heads, head_dim]
   const void *k, *v;                     // [pool, block_len, kv_heads, head_dim]
@@ -45,13 +45,15 @@ struct PagedAttention {
   float scale;
 };
 
+constexpr int64_t kRowsOfJob = 32;  // of a head group, that one thread takes at a time
 constexpr int64_t kPiece = 256;  // keys whose softmax is taken together, whatever the threads
 
 struct Path {
   const char* name;
   void (*quantize)(const Activations&, int64_t first, int64_t last);               // rows
   void (*matmul)(const Matmul&, int64_t first, int64_t last);                      // column blocks
-  void (*attend)(const PagedAttention&, int64_t sequence, int64_t head, int64_t piece);
+  void (*attend)(const PagedAttention&, int64_t sequence, int64_t head, int64_t piece,
+                 int64_t first, int64_t last);  // rows of a head group
   void (*merge)(const PagedAttention&, int64_t sequence, int64_t head);
   int32_t (*sweep)(const uint8_t* bytes, int64_t first, int64_t last);  // sum of whole 64 bytes
 };

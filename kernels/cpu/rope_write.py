@@ -49,7 +49,7 @@ def rope_write(
     return rotated.reshape(q.shape).astype(q.dtype), tuple(pool)
 
 
-def serves(q: Float[Array, "B T N H"], dtype) -> bool:
+def serves(q: Array | jax.ShapeDtypeStruct, dtype) -> bool:
     """Whether the kernel is there and takes such queries into a pool of `dtype`."""
     return q.dtype in DTYPES[:2] and dtype in DTYPES and library.available()
 
