@@ -7,6 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from internjax.kernels.attention import attention
 from internjax.kernels.cpu.attention import paged_attention, serves
+from internjax.kernels.platform import target
+from internjax.models import cache_blocks, rope
 from internjax.models.config import ModelConfig
 from internjax.tree import Leaf
 
@@ -77,6 +79,28 @@ def update_layer(
     )
 
 
+def rotate_and_update(
+    cache: KVCache,
+    layer: int,
+    qkv: tuple[Array, Array, Array],
+    angle: Float[Array, "B T half"],
+    factor: float,
+    start: Int[Array, " B"],
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    """Rotates queries and keys of one layer; returns the queries, and the cache as `update_layer`.
+
+    Where Hopper's kernel serves, it does all of it.
+    """
+    q, k, v = qkv
+    if cache_blocks.writes(q, cache.k[layer]):
+        rows = cache.k[layer], cache.v[layer]
+        q, *rows = cache_blocks.rotate_and_write(q, k, v, angle, factor, *rows, start)
+        k, v = (_set(old, layer, new) for old, new in zip((cache.k, cache.v), rows, strict=True))
+        return q, cache.replace(k=k, v=v)
+    q, k = (rope.rotate(x, angle, factor) for x in (q, k))
+    return q, update_layer(cache, layer, k, v, start)
+
+
 def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[Array, Array]:
     """Returns the first `attend` keys and values `[B, attend, K, H]` of a layer in `dtype`."""
     k, v = cache.k[layer][:, :attend], cache.v[layer][:, :attend]
@@ -98,10 +122,12 @@ def attend_layer(
 ) -> Float[Array, "B T N H"]:
     """Attends queries at positions start.. of each row to the cached keys up to their own.
 
-    Where the CPU kernel serves, it reads the cache in place and as far as each row is filled; else
-    the first `attend` positions are read out as one matrix.
+    Where the kernel of a Hopper GPU or of the CPU serves, it reads the cache in place and as far as
+    each row is filled; else the first `attend` positions are read out as one matrix.
     """
-    if serves(q, cache.k[layer].dtype):
+    if cache_blocks.attends(q, cache.k[layer]):
+        return cache_blocks.attend(q, cache.k[layer], cache.v[layer], start, attend)
+    if target().platform == "cpu" and serves(q, cache.k[layer].dtype):
         scales = {}
         if cache.k_scale:
             scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
 from internjax.models import rope
-from internjax.models.cache import KVCache, attend_layer, update_layer
+from internjax.models.cache import KVCache, attend_layer, rotate_and_update
 from internjax.models.config import ModelConfig
 from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, ones, zeros
@@ -148,11 +148,12 @@ def run_layers(
         B, T = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     attend = attend_on(positions, segment_ids, par)
-    angle = _angles(cfg, positions, inv_freq, x.dtype)
+    angle, factor = _angles(cfg, positions, inv_freq, x.dtype), rope.attention_factor(cfg.rope)
 
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
-        q, k, v = _qkv(x, w, angle, cfg, par)
+        q, k, v = _qkv(x, w, cfg, par)
+        q, k = (rope.rotate(y, angle, factor) for y in (q, k))
         x, more = _finish(x, attend(q, k, v), w, cfg, par)
         return (x, aux + more), None
 
@@ -191,10 +192,11 @@ def decode(
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)[None, :]
     dtype = jnp.dtype(cfg.dtype)
     angle = _angles(cfg, positions, inv_freq, dtype)
+    factor = rope.attention_factor(cfg.rope)
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
-        q, k, v = _qkv(x, w, angle, cfg)
-        cache = update_layer(cache, i, k, v, start)
+        qkv = _qkv(x, w, cfg)
+        q, cache = rotate_and_update(cache, i, qkv, angle, factor, start)
         x, _ = _finish(x, attend_layer(q, cache, i, start, attend), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
@@ -224,8 +226,8 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
     return einsum(f"{lead}D,DV->{lead}V", x, head, widened=True)
 
 
-def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, par: Parallel = ALONE):
-    """Returns rotated q `[B, T, N, H]`, rotated k and v `[B, T, K, H]` of a layer."""
+def _qkv(x: Array, w: Params, cfg: ModelConfig, par: Parallel = ALONE):
+    """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]` of a layer, not rotated yet."""
     h = gather_length(rms_norm(x, w["attn_norm"], cfg.norm_eps), par)
     q = einsum("BTD,DNH->BTNH", h, gather(w["wq"], 0, par))
     k = einsum("BTD,DKH->BTKH", h, gather(w["wk"], 0, par))
@@ -236,8 +238,7 @@ def _qkv(x: Array, w: Params, angle: Array, cfg: ModelConfig, par: Parallel = AL
         )
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
-    factor = rope.attention_factor(cfg.rope)
-    return rope.rotate(q, angle, factor), rope.rotate(k, angle, factor), v
+    return q, k, v
 
 
 def _finish(
