@@ -5,7 +5,7 @@ adapter or is quantized is decided here and nowhere else, so the model has no br
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from internjax.collectives import Parallel
 from internjax.kernels.cpu import tiles as cpu_tiles
-from internjax.kernels.cpu.matmul import quant_matmul
+from internjax.kernels.cpu.matmul import quant_matmuls
 from internjax.kernels.fp8 import fp8_matmul
 from internjax.kernels.platform import choose, not_for_hopper
 from internjax.tree import Leaf, wide
@@ -163,17 +163,10 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
       widened: the result keeps the float32 of its sums, as in `wide_matmul`.
     """
     if isinstance(w, LoraWeight):
-        lhs, rhs, result = _split(spec)
-        inner = "".join(c for c in rhs if c not in result)
-        outer = "".join(c for c in rhs if c in result)
-        kept = "".join(c for c in lhs if c not in inner)
-        low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
-        delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
-        delta = delta * jnp.asarray(w.scale, x.dtype)
-        base = einsum(spec, x, w.base, widened=widened)
-        return base + delta.astype(base.dtype)
+        return _adapted(spec, x, w, einsum(spec, x, w.base, widened=widened))
     if isinstance(w, PackedWeight):
-        return _packed_einsum(spec, x, w, wide(x.dtype) if widened else x.dtype)
+        (out,) = _packed_einsums((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
+        return out
     if isinstance(w, (QuantWeight, TurnedWeight)) and not widened and on_tensor_cores(x, w):
         # Nothing but `w` is kept for the backward pass: it is turned again there.
         return jax.checkpoint(partial(_turned_einsum, spec))(x, w)
@@ -183,6 +176,39 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     # forward pass, are the largest temporaries of QLoRA.
     expands = isinstance(w, (QuantWeight, TurnedWeight))
     return jax.checkpoint(product)(x, w) if expands else product(x, w)
+
+
+def einsums(specs: Sequence[str], x: Array, ws: Sequence[Weight]) -> tuple[Array, ...]:
+    """Contracts the same activations with several weights; see `einsum`.
+
+    Packed weights that are alike share one call of the CPU kernel: small calls side by side are
+    handed from thread to thread, which takes longer than they do.
+    """
+    if any(isinstance(w, LoraWeight) for w in ws):
+        bases = einsums(specs, x, [w.base if isinstance(w, LoraWeight) else w for w in ws])
+        return tuple(
+            _adapted(spec, x, w, base) if isinstance(w, LoraWeight) else base
+            for spec, w, base in zip(specs, ws, bases, strict=True)
+        )
+    if all(isinstance(w, PackedWeight) for w in ws) and len({_kind(w) for w in ws}) == 1:
+        return _packed_einsums(specs, x, ws, x.dtype)
+    return tuple(einsum(spec, x, w) for spec, w in zip(specs, ws, strict=True))
+
+
+def _kind(w: PackedWeight) -> tuple:
+    """What packed weights of one call have in common."""
+    return w.bits, w.layer, w.activations, w.in_shape, cpu_tiles.group_of(w.tiles, w.bits)
+
+
+def _adapted(spec: str, x: Array, w: LoraWeight, base: Array) -> Array:
+    """Adds the low-rank correction to the product with the base weight."""
+    lhs, rhs, result = _split(spec)
+    inner = "".join(c for c in rhs if c not in result)
+    outer = "".join(c for c in rhs if c in result)
+    kept = "".join(c for c in lhs if c not in inner)
+    low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
+    delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
+    return base + (delta * jnp.asarray(w.scale, x.dtype)).astype(base.dtype)
 
 
 @jax.custom_vjp
@@ -262,18 +288,22 @@ def transposed(w: Weight) -> Weight:
     return w if isinstance(w, PackedWeight) else w.T
 
 
-def _packed_einsum(spec: str, x: Array, w: PackedWeight, dtype) -> Array:
-    lead, rows = _rows(spec, x)
-    stack, layer = (w.tiles[None], 0) if w.layer is None else (w.tiles, w.layer)
-    out = quant_matmul(
+def _packed_einsums(
+    specs: Sequence[str], x: Array, ws: Sequence[PackedWeight], dtype
+) -> tuple[Array, ...]:
+    lead, rows = _rows(specs[0], x)
+    stacks = [w.tiles[None] if w.layer is None else w.tiles for w in ws]
+    outs = quant_matmuls(
         rows,
-        stack,
-        layer,
-        bits=w.bits,
-        columns=math.prod(w.out_shape),
-        activations=w.activations,
+        stacks,
+        ws[0].layer or 0,
+        bits=ws[0].bits,
+        columns=[math.prod(w.out_shape) for w in ws],
+        activations=ws[0].activations,
     )
-    return out.astype(dtype).reshape(*lead, *w.out_shape)
+    return tuple(
+        out.astype(dtype).reshape(*lead, *w.out_shape) for out, w in zip(outs, ws, strict=True)
+    )
 
 
 def _unpacked(w: PackedWeight, dtype) -> Array:

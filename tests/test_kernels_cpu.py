@@ -13,8 +13,9 @@ from hypothesis import given, settings, strategies as st
 
 from internjax.kernels.cpu import library, tiles as layout
 from internjax.kernels.cpu.attention import paged_attention, reference
-from internjax.kernels.cpu.matmul import emulated, quant_matmul
-from internjax.models.cache import quantize_rows
+from internjax.kernels.cpu.matmul import emulated, quant_matmul, quant_matmuls
+from internjax.kernels.cpu.rope_write import rope_write
+from internjax.models.cache import KVCache, quantize_rows, rotate_and_write
 
 built = pytest.mark.skipif(library.library() is None, reason="no C++ compiler at install")
 PATHS = library.runnable()
@@ -107,6 +108,22 @@ def test_rows_and_threads_change_no_bit():
 
 
 @built
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_several_weights_at_once_are_one_after_the_other(implementation):
+    """Also where a thread's share of the columns ends inside of a weight."""
+    rng = np.random.default_rng(6)
+    x, columns = jnp.asarray(drawn_rows(rng, 3, 64)), (16, 200, 33)
+    stacks = [jnp.asarray(drawn_weight(rng, 8, 64, n, 32)[0][None]) for n in columns]
+    shape = {"bits": 8, "implementation": implementation}
+    together = quant_matmuls(x, stacks, 0, columns=columns, **shape)
+    for got, tiles, n in zip(together, stacks, columns, strict=True):
+        np.testing.assert_array_equal(got, quant_matmul(x, tiles, 0, columns=n, **shape))
+    other = drawn_weight(rng, 8, 64, 16, 64)[0][None]
+    with pytest.raises(ValueError, match="groups of one size"):
+        quant_matmuls(x, [stacks[0], jnp.asarray(other)], 0, columns=(16, 16), **shape)
+
+
+@built
 def test_packing_keeps_every_number():
     for bits in (4, 8):
         tiles, weight = drawn_weight(np.random.default_rng(2), bits, 64, 35, 32)
@@ -173,9 +190,9 @@ TILES = jnp.zeros((2, 3, 2, layout.tile_bytes(4, 32)), jnp.uint8)
 )
 def test_what_products_refuse(given, complaint):
     args = {"x": jnp.ones((2, 64)), "tiles": TILES, "layer": 0, "bits": 4, "columns": 40} | given
-    x, tiles, layer = args.pop("x"), args.pop("tiles"), args.pop("layer")
+    args["weights"], args["columns"] = (args.pop("tiles"),), (args["columns"],)
     with pytest.raises(ValueError, match=complaint):
-        quant_matmul.__wrapped__(x, tiles, layer, **args)  # without the annotations' own check
+        quant_matmuls.__wrapped__(**args)  # without the annotations' own check
 
 
 def test_what_packing_refuses():
@@ -313,3 +330,82 @@ def test_the_environment_forces_path_and_threads(path, outcome):
         [sys.executable, "-c", program], env=os.environ | forced, capture_output=True, text=True
     )
     assert outcome in done.stdout + done.stderr
+
+
+def drawn_cache(dtype: str, B: int, C: int, K: int, H: int):
+    """One layer of a cache, full of numbers."""
+    rng = np.random.default_rng(7)
+    k, v = (jnp.asarray(rng.normal(size=(B, C, K, H)), jnp.float32) for _ in "kv")
+    if dtype != "int8":
+        return KVCache((k.astype(dtype),), (v.astype(dtype),), (), ())
+    (k, k_scale), (v, v_scale) = (jax.jit(quantize_rows)(x) for x in (k, v))
+    return KVCache((k,), (v,), (k_scale,), (v_scale,))
+
+
+@built
+@pytest.mark.parametrize(("dtype", "T"), [("float32", 1), ("bfloat16", 9), ("int8", 3)])
+def test_writing_by_the_kernel_is_writing_by_xla(dtype, T, monkeypatch):
+    """Rotated queries and the whole cache; a row at the end of the cache drops what is beyond."""
+    rng = np.random.default_rng(8)
+    B, N, K, H, C = 3, 4, 2, 12, 11
+    normal = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    given = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), normal(B, T, H // 2)
+    start, cache = jnp.asarray([0, 2, C - 1]), drawn_cache(dtype, B, C, K, H)
+    run = jax.jit(lambda cache, *args: rotate_and_write(cache, 0, *args, 1.1, start))
+    q, got = run(cache, *given)
+    assert "internjax_rope_write" in run.lower(cache, *given).as_text()
+    monkeypatch.setattr(library, "library", lambda: None)
+    want_q, want = jax.jit(lambda cache, *a: rotate_and_write(cache, 0, *a, 1.1, start))(
+        cache, *given
+    )
+    np.testing.assert_allclose(q, want_q, rtol=0, atol=1e-6)
+    for name in ("k", "v", "k_scale", "v_scale"):
+        for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
+            # A last bit more or less may round to the next step.
+            step = {"int8": 1.0, "bfloat16": 0.02}.get(str(a.dtype), 1e-6)
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), 0, step)
+            assert np.mean(np.asarray(a) != np.asarray(b)) < 0.01 or a.dtype == jnp.float32
+
+
+@built
+def test_a_cache_that_is_given_away_is_written_in_place():
+    cache = drawn_cache("float32", 2, 4096, 2, 16)
+    x = jnp.ones((2, 1, 2, 16))
+    run = jax.jit(
+        lambda cache, x: rotate_and_write(cache, 0, x, x, x, x[..., 0, :8], 1.0, jnp.array([3, 4])),
+        donate_argnums=0,
+    )
+    assert run.lower(cache, x).compile().memory_analysis().temp_size_in_bytes < cache.k[0].nbytes
+
+
+@built
+def test_a_head_that_is_not_finite_spoils_itself_only():
+    ones = jnp.ones((1, 2, 2, 16))
+    k = ones.at[0, 1, 0, 3].set(jnp.inf)
+    cache = drawn_cache("int8", 1, 4, 2, 16)
+    turns = jnp.stack([jnp.ones((1, 2, 8)), jnp.zeros((1, 2, 8))])
+    pool = cache.k[0], cache.v[0], cache.k_scale[0], cache.v_scale[0]
+    _, (keys, _, scales, _) = rope_write(ones, k, ones, turns, pool, jnp.asarray([[2, 0]]))
+    assert np.isnan(scales[0, 0, 0]) and np.isfinite(np.asarray(scales).flatten()[1:]).all()
+    np.testing.assert_array_equal(keys[0, 2], np.full((2, 16), 127))
+    np.testing.assert_array_equal(keys[0, 1], cache.k[0][0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"q": jnp.ones((1, 2, 2, 16), jnp.float16)}, "legal are float32 or bfloat16"),
+        ({"k": jnp.ones((1, 3, 2, 16))}, r"legal are float32 or bfloat16"),
+        ({"turns": jnp.ones((2, 1, 2, 16))}, r"legal are \[2, 1, 2, 8\]"),
+        ({"places": jnp.ones((2, 1), jnp.int32)}, r"legal are .* and \[1, 2\]"),
+        ({"pool": (jnp.ones((4, 2, 16)), jnp.ones((5, 2, 16)))}, "two like float32"),
+        ({"pool": (jnp.ones((4, 3, 16)),) * 2}, r"heads \[2, 16\], the pool \[3, 16\]"),
+        ({"pool": (jnp.ones((4, 2, 16), jnp.int8),) * 2}, "an int8 pool has two"),
+    ],
+)
+def test_what_writing_refuses(change, complaint):
+    x = jnp.ones((1, 2, 2, 16))
+    args = {"q": x, "k": x, "v": x, "turns": jnp.ones((2, 1, 2, 8))}
+    args |= {"pool": (jnp.ones((4, 2, 16)),) * 2, "places": jnp.ones((1, 2), jnp.int32)}
+    with pytest.raises(ValueError, match=complaint):
+        rope_write.__wrapped__(**args | change)

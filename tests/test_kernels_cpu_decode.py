@@ -20,6 +20,7 @@ from internjax.weights import (
     PackedWeight,
     QuantWeight,
     einsum,
+    einsums,
     num_weights,
     pack,
     plain,
@@ -57,6 +58,25 @@ def test_a_packed_weight_is_the_quantized_one(spec: str):
     want = einsum(spec, x, plain(lora, jnp.float32))
     np.testing.assert_allclose(einsum(spec, x, lora), want, rtol=0, atol=1e-4)
     assert num_weights(lora) == num_weights(one) == num_weights(stack) // 3
+
+
+def test_weights_side_by_side_are_each_alone():
+    """Packed and alike they share a call; adapters, other groups and plain floats may be there."""
+    pack_one = lambda seed, out, group=32: pack(  # noqa: E731
+        quantize_array(drawn(seed, 64, *out), 1, group), "f32"
+    )
+    lora = LoraWeight(pack_one(3, (40,)), drawn(4, 64, 3), drawn(5, 3, 40), 0.5)
+    x, names = drawn(0, 2, 5, 64), ("BTD,DNH->BTNH", "BTD,DF->BTF")
+    for ws, calls in [
+        ((pack_one(1, (3, 8)), pack_one(2, (40,))), 1),
+        ((pack_one(1, (3, 8)), lora), 1),
+        ((pack_one(1, (3, 8)), pack_one(2, (40,), 64)), 2),
+        ((pack_one(1, (3, 8)), drawn(2, 64, 40)), 1),
+    ]:
+        run = jax.jit(lambda x, *ws: einsums(names, x, ws))
+        assert run.lower(x, *ws).as_text().count("@internjax_quant_matmuls") == calls
+        for got, name, w in zip(run(x, *ws), names, ws, strict=True):
+            np.testing.assert_allclose(got, einsum(name, x, w), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", INTEGERS)

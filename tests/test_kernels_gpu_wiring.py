@@ -13,7 +13,7 @@ from internjax.errors import UserError
 from internjax.experiments.kernel_steps import STEPS, Step, float_copies, weight_sizes
 from internjax.kernels.platform import readable
 from internjax.models import cache_blocks, rope
-from internjax.models.cache import attend_layer, init_cache, rotate_and_update
+from internjax.models.cache import attend_layer, init_cache, rotate_and_write
 from internjax.models.moe import block_product, expert_product
 from internjax.plan.kernels import launches
 from internjax.serve.engine import EngineConfig
@@ -98,7 +98,7 @@ def test_a_cache_of_rows_is_rotated_written_and_read_as_blocks():
     start = jnp.array([64, 5, 128], jnp.int32)
     freq = jnp.asarray(rope.inv_freq(cfg), jnp.float32)
     angle = rope.angles(start[:, None], freq, jnp.float32)
-    q, want = rotate_and_update(cache, 0, qkv, angle, 1.5, start)
+    q, want = rotate_and_write(cache, 0, *qkv, angle, 1.5, start)
     mixed = attend_layer(q, want, 0, start)
     with interpreter() as interpret:
         rows = cache.k[0], cache.v[0]

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.kernels.attention import attention
+from internjax.kernels.cpu import rope_write as cpu_rope_write
 from internjax.kernels.cpu.attention import paged_attention, serves
 from internjax.kernels.platform import target
 from internjax.models import cache_blocks, rope
@@ -79,26 +80,37 @@ def update_layer(
     )
 
 
-def rotate_and_update(
+def rotate_and_write(
     cache: KVCache,
     layer: int,
-    qkv: tuple[Array, Array, Array],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     angle: Float[Array, "B T half"],
     factor: float,
     start: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
-    """Rotates queries and keys of one layer; returns the queries, and the cache as `update_layer`.
+    """Returns rotated queries, and the cache with rotated keys and values written at `start`.
 
-    Where Hopper's kernel serves, it does all of it.
+    The kernel of a Hopper GPU or of the CPU does all of it where it serves.
     """
-    q, k, v = qkv
     if cache_blocks.writes(q, cache.k[layer]):
-        rows = cache.k[layer], cache.v[layer]
-        q, *rows = cache_blocks.rotate_and_write(q, k, v, angle, factor, *rows, start)
-        k, v = (_set(old, layer, new) for old, new in zip((cache.k, cache.v), rows, strict=True))
-        return q, cache.replace(k=k, v=v)
-    q, k = (rope.rotate(x, angle, factor) for x in (q, k))
-    return q, update_layer(cache, layer, k, v, start)
+        old = cache.k[layer], cache.v[layer]
+        q, k, v = cache_blocks.rotate_and_write(q, k, v, angle, factor, *old, start)
+        return q, cache.replace(k=_set(cache.k, layer, k), v=_set(cache.v, layer, v))
+    if target().platform != "cpu" or not cpu_rope_write.serves(q, cache.k[layer].dtype):
+        q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
+        return q, update_layer(cache, layer, k, v, start)
+    B, T = q.shape[:2]
+    positions = start[:, None] + jnp.arange(T, dtype=start.dtype)[None]
+    rows = cache.length * jnp.arange(B, dtype=start.dtype)[:, None]
+    places = jnp.where(positions < cache.length, rows + positions, -1)
+    turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * factor
+    stores = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x]
+    pool = tuple(x[layer] for x in stores)
+    q, pool = cpu_rope_write.rope_write(q, k, v, turns, pool, places)
+    new = [_set(all, layer, x) for all, x in zip(stores, pool, strict=True)]
+    return q, KVCache(*new, *[()] * (4 - len(new)))
 
 
 def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from internjax.collectives import ALONE, Parallel, gather_length, scatter_length
 from internjax.models import rope
-from internjax.models.cache import KVCache, attend_layer, rotate_and_update
+from internjax.models.cache import KVCache, attend_layer, rotate_and_write
 from internjax.models.config import ModelConfig
 from internjax.models.context import attend_on
 from internjax.models.init import InitConfig, ones, zeros
@@ -20,7 +20,7 @@ from internjax.models.moe import expert_table, mixture, unlimited
 from internjax.models.params import ParamSpec, init_from
 from internjax.models.remat import Remat, recomputed
 from internjax.tree import Params, unstack_layers, wide
-from internjax.weights import einsum, gather, take, transposed
+from internjax.weights import einsum, einsums, gather, take, transposed
 
 
 def param_table(cfg: ModelConfig, init: InitConfig = InitConfig()) -> dict[str, ParamSpec]:
@@ -153,7 +153,7 @@ def run_layers(
     def layer(carry: tuple[Array, Array], w: Params) -> tuple[tuple[Array, Array], None]:
         x, aux = carry
         q, k, v = _qkv(x, w, cfg, par)
-        q, k = (rope.rotate(y, angle, factor) for y in (q, k))
+        q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
         x, more = _finish(x, attend(q, k, v), w, cfg, par)
         return (x, aux + more), None
 
@@ -191,12 +191,11 @@ def decode(
     params, cfg = unstack_layers(params), unlimited(cfg)
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)[None, :]
     dtype = jnp.dtype(cfg.dtype)
-    angle = _angles(cfg, positions, inv_freq, dtype)
-    factor = rope.attention_factor(cfg.rope)
+    angle, factor = _angles(cfg, positions, inv_freq, dtype), rope.attention_factor(cfg.rope)
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
-        qkv = _qkv(x, w, cfg)
-        q, cache = rotate_and_update(cache, i, qkv, angle, factor, start)
+        q, k, v = _qkv(x, w, cfg)
+        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start)
         x, _ = _finish(x, attend_layer(q, cache, i, start, attend), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
@@ -227,11 +226,10 @@ def unembed(params: Params, x: Float[Array, "*B D"], cfg: ModelConfig) -> Float[
 
 
 def _qkv(x: Array, w: Params, cfg: ModelConfig, par: Parallel = ALONE):
-    """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]` of a layer, not rotated yet."""
+    """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]` of a layer, before they are rotated."""
     h = gather_length(rms_norm(x, w["attn_norm"], cfg.norm_eps), par)
-    q = einsum("BTD,DNH->BTNH", h, gather(w["wq"], 0, par))
-    k = einsum("BTD,DKH->BTKH", h, gather(w["wk"], 0, par))
-    v = einsum("BTD,DKH->BTKH", h, gather(w["wv"], 0, par))
+    weights = [gather(w[name], 0, par) for name in ("wq", "wk", "wv")]
+    q, k, v = einsums(("BTD,DNH->BTNH", "BTD,DKH->BTKH", "BTD,DKH->BTKH"), h, weights)
     if cfg.qkv_bias:
         q, k, v = (
             y + w[b].astype(y.dtype)[None, None] for y, b in ((q, "bq"), (k, "bk"), (v, "bv"))
@@ -263,8 +261,8 @@ def _feed_forward(h: Array, w: Params, cfg: ModelConfig, par: Parallel) -> tuple
 
 
 def _dense(h: Array, w: Params, par: Parallel) -> Array:
-    gate = einsum("BTD,DF->BTF", h, gather(w["w_gate"], 0, par))
-    up = einsum("BTD,DF->BTF", h, gather(w["w_up"], 0, par))
+    weights = gather(w["w_gate"], 0, par), gather(w["w_up"], 0, par)
+    gate, up = einsums(("BTD,DF->BTF", "BTD,DF->BTF"), h, weights)
     return einsum("BTF,FD->BTD", swiglu(gate, up), gather(w["w_down"], 1, par))
 
 

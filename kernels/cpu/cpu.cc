@@ -42,10 +42,10 @@ std::vector<const Path*> legal_paths() { return {&kPortable}; }
 
 }  // namespace
 
-const Path* find_path(const std::string& name) {
+const Path* find_path(std::string_view name) {
   static const std::vector<const Path*> paths = legal_paths();
   static const char* const asked = std::getenv("INTERNJAX_CPU_PATH");
-  const std::string wanted = name.empty() && asked ? asked : name;
+  const std::string_view wanted = name.empty() && asked ? asked : name;
   if (wanted.empty()) return paths.front();
   for (const Path* path : paths)
     if (wanted == path->name) return path;

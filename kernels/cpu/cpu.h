@@ -1,7 +1,7 @@
 // Which path this CPU runs, and the floating-point mode that all paths need.
 #pragma once
 
-#include <string>
+#include <string_view>
 
 #include "paths.h"
 
@@ -9,7 +9,7 @@ namespace internjax {
 
 // The path named `name` or, of "", the one that INTERNJAX_CPU_PATH names or else the fastest.
 // Returns null where it is unknown or this CPU lacks its instructions.
-const Path* find_path(const std::string& name);
+const Path* find_path(std::string_view name);
 
 // While it lives, subnormal numbers count (XLA turns them off) and rounding is to nearest even.
 class PlainFloats {

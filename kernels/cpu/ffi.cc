@@ -5,9 +5,11 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cpu.h"
 #include "paths.h"
+#include "rope_write.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -25,35 +27,49 @@ std::unique_ptr<T[]> scratch(int64_t n) {
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument(what); }
 
-// out = x w, see `quant_matmul` in matmul.py.
-ffi::Error run_matmul(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> tiles,
-                      ffi::Buffer<ffi::S32> layer, int64_t bits, bool rounded,
-                      std::string_view path_name, ffi::ResultBuffer<ffi::F32> out) {
-  const Path* path = find_path(std::string(path_name));
+// Products of weights that share their activations, see `quant_matmuls` in matmul.py.
+ffi::Error run_matmuls(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layer,
+                       ffi::RemainingArgs weights, ffi::RemainingRets outs, int64_t bits,
+                       int64_t group, bool rounded, std::string_view path_name) {
+  const Path* path = find_path(path_name);
   if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
-  const auto in = x.dimensions(), weight = tiles.dimensions();  // [M, K], [L, blocks, groups, b]
-  const int64_t rows = in[0], depth = in[1], groups = weight[2];
-  const int64_t group = groups ? depth / groups : 0, columns = out->dimensions()[1];
-  const int64_t index = layer.typed_data()[0], blocks = weight[1];
-  if (group % kLanes || group == 0 || groups * group != depth || columns > blocks * kLanes ||
-      weight[3] != tile_bytes(static_cast<int>(bits), group) || index < 0 || index >= weight[0])
-    return wrong("quant_matmul: tiles and activations do not fit");
-  const int64_t each = rows * groups;
+  const auto in = x.dimensions();  // [M, K]
+  const int64_t rows = in[0], depth = in[1], groups = group ? depth / group : 0;
+  const int64_t index = layer.typed_data()[0], each = rows * groups;
   const auto values = scratch<int8_t>(rounded ? rows * depth : 0);
   const auto totals = scratch<int32_t>(rounded ? each : 0);
   const auto scales = scratch<float>(rounded ? each : 0), sums = scratch<float>(each);
   const Activations a = {x.typed_data(), values.get(), scales.get(), totals.get(), sums.get(),
                          rows,           depth,        group,        rounded};
-  const Matmul m = {a, tiles.typed_data() + index * blocks * groups * weight[3],
-                    out->typed_data(), columns, static_cast<int>(bits)};
+  std::vector<Matmul> products;
+  std::vector<int64_t> starts = {0};  // of a product's column blocks among those of all
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto tiles = weights.get<ffi::Buffer<ffi::U8>>(i);
+    const auto out = outs.get<ffi::Buffer<ffi::F32>>(i);
+    if (!tiles || !out) return wrong("quant_matmul: weights are uint8, products float32");
+    const auto weight = tiles->dimensions();  // [L, blocks, groups, bytes]
+    const int64_t columns = (*out)->dimensions()[1], blocks = weight[1];
+    if (group % kLanes || groups == 0 || groups * group != depth || weight[2] != groups ||
+        columns > blocks * kLanes || index < 0 || index >= weight[0] ||
+        weight[3] != tile_bytes(static_cast<int>(bits), group))
+      return wrong("quant_matmul: tiles and activations do not fit");
+    products.push_back({a, tiles->typed_data() + index * blocks * groups * weight[3],
+                        (*out)->typed_data(), columns, static_cast<int>(bits)});
+    starts.push_back(starts.back() + blocks);
+  }
   Pool& threads = pool();
-  const bool small = groups * blocks * weight[3] * rows < kSmall;
+  const int64_t all = starts.back();
+  const bool small = groups * all * tile_bytes(static_cast<int>(bits), group) * rows < kSmall;
   const int64_t some = rows < 8 ? 1 : std::min<int64_t>(rows, threads.size());
   threads.run(some, [&](int64_t i) { path->quantize(a, rows * i / some, rows * (i + 1) / some); });
   // More parts than threads: one that is held up by another program holds up little.
-  const int64_t parts = small ? 1 : std::min<int64_t>(blocks, 4 * threads.size());
+  const int64_t parts = small ? 1 : std::min<int64_t>(all, 4 * threads.size());
   threads.run(parts, [&](int64_t i) {
-    path->matmul(m, blocks * i / parts, blocks * (i + 1) / parts);
+    const int64_t first = all * i / parts, last = all * (i + 1) / parts;
+    for (size_t j = 0; j < products.size(); ++j) {
+      const int64_t from = std::max(first, starts[j]), to = std::min(last, starts[j + 1]);
+      if (from < to) path->matmul(products[j], from - starts[j], to - starts[j]);
+    }
   });
   return ffi::Error::Success();
 }
@@ -69,7 +85,7 @@ ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuff
                          ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
                          std::string_view path_name,
                          ffi::ResultBuffer<ffi::F32> out) {
-  const Path* path = find_path(std::string(path_name));
+  const Path* path = find_path(path_name);
   if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
   const auto qs = q.dimensions(), ks = k.dimensions();  // [B, T, N, H], [pool, len, K, H]
   const int64_t batch = qs[0], queries = qs[1], heads = qs[2], head_dim = qs[3];
@@ -107,18 +123,60 @@ ffi::Error run_attention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
+// See `rope_write` in rope_write.py. The pools are changed in place: they are results, too.
+ffi::Error run_rope_write(ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                          ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::F32> turns,
+                          ffi::Buffer<ffi::S32> places, ffi::RemainingArgs,
+                          ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets pools) {
+  const auto qs = q.dimensions(), ks = k.dimensions();  // [M, N, H], [M, K, H]
+  const auto k_pool = pools.get<ffi::AnyBuffer>(0), v_pool = pools.get<ffi::AnyBuffer>(1);
+  if (!k_pool || !v_pool) return wrong("rope_write: a pool of keys and one of values");
+  float* scales[2] = {nullptr, nullptr};
+  for (size_t i = 0; i + 2 < pools.size(); ++i) {
+    const auto scale = pools.get<ffi::Buffer<ffi::F32>>(i + 2);
+    if (!scale) return wrong("rope_write: scales are float32");
+    scales[i] = (*scale)->typed_data();
+  }
+  const int64_t tokens = qs[0], row = ks[1] * ks[2];
+  const int64_t positions = row ? static_cast<int64_t>((*k_pool)->element_count()) / row : 0;
+  const RopeWrite r = {q.typed_data(), k.typed_data(), v.typed_data(), turns.typed_data(),
+                       places.typed_data(), out->typed_data(), (*k_pool)->untyped_data(),
+                       (*v_pool)->untyped_data(), scales[0], scales[1],
+                       kv_type((*k_pool)->element_type()), tokens, qs[1], ks[1], qs[2], positions};
+  if ((r.type == KvType::kInt8) != (scales[0] && scales[1]))
+    return wrong("rope_write: scales go with pools of int8");
+  Pool& threads = pool();
+  const int64_t parts = tokens < 8 ? 1 : std::min<int64_t>(tokens, 4 * threads.size());
+  threads.run(parts, [&](int64_t i) {
+    rope_write(r, tokens * i / parts, tokens * (i + 1) / parts);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace internjax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxQuantMatmul, internjax::run_matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxQuantMatmuls, internjax::run_matmuls,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
                                   .Attr<bool>("rounded")
-                                  .Attr<std::string_view>("path")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxRopeWrite, internjax::run_rope_write,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxPagedAttention, internjax::run_attention,
                               ffi::Ffi::Bind()

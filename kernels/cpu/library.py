@@ -18,7 +18,8 @@ PATHS = ("avx512", "avx2", "portable")
 """Fastest first; which of them a CPU can run is found out when it runs (cpu.cc)."""
 
 _HANDLERS = {
-    "internjax_quant_matmul": "InternjaxQuantMatmul",
+    "internjax_quant_matmuls": "InternjaxQuantMatmuls",
+    "internjax_rope_write": "InternjaxRopeWrite",
     "internjax_paged_attention": "InternjaxPagedAttention",
 }
 _LOST = (

@@ -5,6 +5,7 @@ inside the group and as float32 across groups, in ascending order and without fu
 So no bit depends on the rows beside a row, on threads, or on the instruction set.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -29,11 +30,38 @@ def quant_matmul(
     implementation: str | None = None,
     path: str = "",
 ) -> Float[Array, "M columns"]:
-    """Multiplies rows with one layer of a packed weight; the result is float32.
+    """Multiplies rows with one layer of a packed weight; see `quant_matmuls`."""
+    (out,) = quant_matmuls(
+        x,
+        (tiles,),
+        layer,
+        bits=bits,
+        columns=(columns,),
+        activations=activations,
+        implementation=implementation,
+        path=path,
+    )
+    return out
+
+
+def quant_matmuls(
+    x: Float[Array, "M I"],
+    weights: Sequence[UInt8[Array, "L _ G bytes"]],
+    layer: Int[Array, ""] | int,
+    *,
+    bits: int,
+    columns: Sequence[int],
+    activations: str = "int8",
+    implementation: str | None = None,
+    path: str = "",
+) -> tuple[Float[Array, "M _"], ...]:
+    """Multiplies rows with one layer of each of some packed weights; the results are float32.
+
+    One call for all: the rows are rounded once, and the threads share the columns of all of them.
 
     Args:
-      tiles: the packed weights of all layers (`tiles.pack`), layer: the one to multiply with. No
-        layer is ever copied out of the stack by the kernel.
+      weights: packed by `tiles.pack`, all layers of each, with groups of one size; layer: the one
+        to multiply with. No layer is ever copied out of a stack by the kernel.
       activations: "int8" rounds by groups, "bf16" to bfloat16, "f32" not at all.
       implementation: "cpu" the kernel, "xla" expands the weight to floats; None takes the kernel
         where it is there.
@@ -42,18 +70,24 @@ def quant_matmul(
     Raises:
       ValueError: shapes, bits or a choice that cannot be served.
     """
-    check(x, tiles, bits, columns, activations)
+    for tiles, number in zip(weights, columns, strict=True):
+        check(x, tiles, bits, number, activations)
+    group = layout.group_of(weights[0], bits)
+    if any(layout.group_of(tiles, bits) != group for tiles in weights):
+        raise ValueError("weights of one call have groups of one size.")
     native = library.check_choice(implementation, path)
     rows = x.astype(jnp.bfloat16) if activations == "bf16" else x
     rows = rows.astype(jnp.float32)
     if not native:
-        weight = layout.dequantize(tiles[layer], bits, jnp.float32)[:, :columns]
-        return jnp.matmul(rows, weight)
-    call = jax.ffi.ffi_call(
-        "internjax_quant_matmul", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)
-    )
+        plain = lambda tiles, n: layout.dequantize(tiles[layer], bits, jnp.float32)[:, :n]  # noqa: E731
+        pairs = zip(weights, columns, strict=True)
+        return tuple(jnp.matmul(rows, plain(tiles, n)) for tiles, n in pairs)
+    results = [jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for n in columns]
+    call = jax.ffi.ffi_call("internjax_quant_matmuls", results)
+    rounded = activations == "int8"
     layer = jnp.asarray(layer, jnp.int32)
-    return call(rows, tiles, layer, bits=bits, rounded=activations == "int8", path=path)
+    out = call(rows, layer, *weights, bits=bits, group=group, rounded=rounded, path=path)
+    return tuple(out)
 
 
 def check(x: Array, tiles: Array, bits: int, columns: int, activations: str) -> None:

@@ -47,11 +47,30 @@ void pin(int cpu) {
 #endif
 }
 
+// Moves this thread to `home` if it runs on a CPU that a worker is pinned to: the two would take
+// turns. It may leave again whenever the system likes.
+void make_way(const std::vector<int>& taken, int home) {
+#if defined(__linux__)
+  if (std::find(taken.begin(), taken.end(), sched_getcpu()) == taken.end()) return;
+  cpu_set_t before;
+  if (pthread_getaffinity_np(pthread_self(), sizeof(before), &before) != 0) return;
+  pin(home);
+  pthread_setaffinity_np(pthread_self(), sizeof(before), &before);
+#endif
+}
+
 }  // namespace
 
 Pool::Pool(int size) {
+  const std::vector<int> cpus = allowed_cpus();
+  const int all = static_cast<int>(cpus.size());
+  home_ = cpus[0];
   try {
-    for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < size; ++i) {
+      const int cpu = cpus[i % all];
+      if (size <= all) taken_.push_back(cpu);
+      workers_.emplace_back([this, cpu] { work(cpu); });
+    }
   } catch (const std::system_error&) {
   }
 }
@@ -84,6 +103,7 @@ void Pool::run(int64_t count, const std::function<void(int64_t)>& part) {
     return;
   }
   std::lock_guard<std::mutex> one_job(job_);
+  make_way(taken_, home_);
   part_ = &part;
   unfinished_.store(count, std::memory_order_relaxed);
   open_.store(count);  // sequentially consistent with `sleepers_`: a worker sees one of the two
@@ -96,9 +116,8 @@ void Pool::run(int64_t count, const std::function<void(int64_t)>& part) {
   while (unfinished_.load(std::memory_order_acquire) > 0) pause();
 }
 
-void Pool::work(int worker) {
-  const std::vector<int> cpus = allowed_cpus();
-  pin(cpus[worker % cpus.size()]);
+void Pool::work(int cpu) {
+  pin(cpu);
   const PlainFloats plain;
   while (!stop_) {
     const auto until = std::chrono::steady_clock::now() + kLook;

@@ -24,10 +24,12 @@ class Pool {
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
  private:
-  void work(int worker);
+  void work(int cpu);
   bool take_part();
 
   std::vector<std::thread> workers_;
+  std::vector<int> taken_;  // CPUs of the workers, where each has one of its own
+  int home_ = -1;           // the CPU that is left for the caller
   std::mutex job_;  // held by the caller whose job runs
   const std::function<void(int64_t)>* part_ = nullptr;
   // A part is claimed by lowering `open_`; a job cannot end before its claimed parts do, so whoever
