@@ -6,6 +6,7 @@ adapter or is quantized is decided here and nowhere else, so the model has no br
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from internjax.collectives import Parallel
 from internjax.kernels.cpu import tiles as cpu_tiles
 from internjax.kernels.cpu.matmul import quant_matmuls
 from internjax.kernels.fp8 import fp8_matmul
+from internjax.kernels.platform import choose, not_for_hopper
 from internjax.tree import Leaf, wide
 
 GATHERED = "gathered"  # name of weights that ZeRO 3 gathered
@@ -60,6 +62,22 @@ class QuantWeight:
 
 
 @struct.dataclass
+class TurnedWeight:
+    """A `QuantWeight` in the order of Hopper's tensor cores (`kernels/gpu/quant_matmul.Matrix`).
+
+    Fields:
+      values: int4 `[..., O, I]`, less 8; scales, zeros: `[..., I/g, O]`, as they were.
+      in_shape, out_shape: natural shapes of I and O.
+    """
+
+    values: Leaf
+    scales: Leaf
+    zeros: Leaf
+    in_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Fp8Weight:
     """A plain weight whose products are made in 8-bit floating point (`kernels/fp8.py`)."""
 
@@ -90,7 +108,7 @@ class PackedWeight:
         return self.replace(layer=layer)
 
 
-type Weight = Array | LoraWeight | QuantWeight | PackedWeight | Fp8Weight
+type Weight = Array | LoraWeight | QuantWeight | TurnedWeight | PackedWeight | Fp8Weight
 
 
 def dequantize(w: QuantWeight, dtype) -> Array:
@@ -107,6 +125,8 @@ def plain(w: Weight, dtype) -> Array:
     """Returns any kind of weight as one array of `dtype`: adapters merged, integers expanded."""
     if isinstance(w, QuantWeight):
         return dequantize(w, dtype)
+    if isinstance(w, TurnedWeight):
+        return _unturned(w, dtype)
     if isinstance(w, PackedWeight):
         return _unpacked(w, dtype)
     if isinstance(w, LoraWeight):
@@ -127,7 +147,7 @@ def _num_in(w: LoraWeight) -> int:
     """Returns how many dims are contracted: total dims of base are lead + in + out."""
     if isinstance(w.base, LoraWeight):
         return _num_in(w.base)
-    if isinstance(w.base, (QuantWeight, PackedWeight)):
+    if isinstance(w.base, (QuantWeight, TurnedWeight, PackedWeight)):
         return len(w.base.in_shape)
     # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
     lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
@@ -147,11 +167,15 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     if isinstance(w, PackedWeight):
         (out,) = _packed_einsums((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
         return out
+    if isinstance(w, (QuantWeight, TurnedWeight)) and not widened and on_tensor_cores(x, w):
+        # Nothing but `w` is kept for the backward pass: it is turned again there.
+        return jax.checkpoint(partial(_turned_einsum, spec))(x, w)
     matmul = fp8_matmul if isinstance(w, Fp8Weight) else wide_matmul if widened else jnp.matmul
     product = lambda x, w: _contract(spec, x, plain(w, x.dtype), matmul)  # noqa: E731
     # Integers are expanded again for the backward pass: a layer's expanded weights, kept from its
     # forward pass, are the largest temporaries of QLoRA.
-    return jax.checkpoint(product)(x, w) if isinstance(w, QuantWeight) else product(x, w)
+    expands = isinstance(w, (QuantWeight, TurnedWeight))
+    return jax.checkpoint(product)(x, w) if expands else product(x, w)
 
 
 def einsums(specs: Sequence[str], x: Array, ws: Sequence[Weight]) -> tuple[Array, ...]:
@@ -291,6 +315,52 @@ def _unpacked(w: PackedWeight, dtype) -> Array:
     return out.reshape(*lead, *w.in_shape, *w.out_shape)
 
 
+def turned(w: QuantWeight | TurnedWeight) -> TurnedWeight:
+    """Orders 4-bit integers for Hopper's tensor cores, once; every number stays as it was."""
+    if isinstance(w, TurnedWeight):
+        return w
+    from internjax.kernels.gpu.quant_matmul import from_int4  # a second that only GPUs pay
+
+    factors = (x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in (w.scales, w.zeros))
+    return TurnedWeight(*from_int4(w.values, *factors), w.in_shape, w.out_shape)
+
+
+def on_tensor_cores(x: Float[Array, "*B"], w: Weight) -> bool:
+    """Whether Hopper's kernel multiplies x by 4-bit integers as they are; said in the log once."""
+    legal = {"xla": None, "pallas": not_for_hopper() or _not_served(x, w)}
+    best = "xla" if legal["pallas"] else "pallas"
+    return choose("4-bit weights", None, legal, best=best) == "pallas"
+
+
+def _not_served(x: Array, w: QuantWeight | TurnedWeight) -> str | None:
+    from internjax.kernels.gpu.quant_matmul import why_not
+
+    return why_not(x, as_matrix(jax.eval_shape(turned, w)))
+
+
+def as_matrix(w: QuantWeight | TurnedWeight):
+    """Returns a 4-bit weight as the GPU kernels take it, `quant_matmul.Matrix`."""
+    from internjax.kernels.gpu.quant_matmul import Matrix
+
+    w = turned(w)
+    return Matrix(w.values, w.scales, w.zeros)
+
+
+def _turned_einsum(spec: str, x: Array, w: QuantWeight | TurnedWeight) -> Array:
+    from internjax.kernels.gpu.quant_matmul import quant_matmul
+
+    lead, rows = _rows(spec, x)
+    y = quant_matmul(rows, as_matrix(w), implementation="pallas")
+    return y.reshape(*lead, *w.out_shape)
+
+
+def _unturned(w: TurnedWeight, dtype) -> Array:
+    from internjax.kernels.gpu.quant_matmul import expand
+
+    *lead, _, _ = w.values.shape
+    return expand(as_matrix(w), dtype).reshape(*lead, *w.in_shape, *w.out_shape)
+
+
 def packed(w: Weight, activations: str, dtype) -> Weight:
     """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
 
@@ -336,6 +406,8 @@ def num_weights(w: Weight) -> int:
         return num_weights(w.base)
     if isinstance(w, QuantWeight):
         return 2 * math.prod(w.values.shape)
+    if isinstance(w, TurnedWeight):
+        return math.prod(w.values.shape)
     if isinstance(w, PackedWeight):
         layers = w.tiles.shape[0] if w.tiles.ndim == 4 and w.layer is None else 1
         return layers * math.prod(w.in_shape) * math.prod(w.out_shape)

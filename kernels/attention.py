@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from internjax.kernels.platform import choose, missing_extra, not_for_hopper, target
+from internjax.kernels.platform import choose, missing_extra, not_for_hopper, not_opaque, target
 from internjax.tree import wide
 
 NEG = -1e30  # finite: a fully masked (padding) row gives the mean of v instead of NaN
@@ -91,7 +91,7 @@ def causal_attention(
       window: tokens that a token sees, itself among them; None is all before it.
       soft_cap: as in `attention`.
       implementation: "xla", "pallas" (`flash_attention.py`: sm_90, bfloat16), "cudnn", "tokamax";
-        None takes "xla": the GPU kernels are compiled and interpreted, and no GPU has run them yet.
+        None takes the first that serves of "pallas", "cudnn" and "xla".
       interpret: parameters of Pallas's GPU interpreter, to run "pallas" on any machine.
 
     Raises:
@@ -104,7 +104,10 @@ def causal_attention(
         "cudnn": _not_cudnn(q, segment_ids, soft_cap),
         "tokamax": missing_extra("tokamax"),
     }
-    chosen = choose("causal attention", implementation, legal, best="xla")
+    best = "pallas" if legal["pallas"] is None else "xla"
+    if legal["pallas"] is not None and legal["cudnn"] is None and not_opaque() is None:
+        best = "cudnn"
+    chosen = choose("causal attention", implementation, legal, best=best)
     if q.size == 0:
         return jnp.zeros_like(q)
     if chosen == "pallas":

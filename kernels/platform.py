@@ -25,7 +25,10 @@ _readable: ContextVar[bool] = ContextVar("readable", default=False)
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Keeps what is traced inside free of opaque kernels, for who counts its FLOPs in HLO."""
+    """Keeps what is traced inside free of opaque kernels, for who counts its FLOPs in HLO.
+
+    A function that was jitted and traced before keeps what it took then: trace a new one.
+    """
     token = _readable.set(True)
     try:
         yield
@@ -103,17 +106,22 @@ def missing_extra(package: str) -> str | None:
 
 def not_for_hopper(interpret: object = None) -> str | None:
     """Says why an sm_90 kernel cannot run here, or None; an interpreter runs it anywhere."""
-    here = target()
     if interpret:
         return None
-    if _readable.get():
-        return "the program is compiled to be read, and this kernel's work cannot be read off it."
+    here = target()
     if not here.hopper:
         return (
             f"its code is for sm_90 GPUs ({', '.join(HOPPER)}), this is {here.kind!r}: leave"
             " implementation at None or take 'xla'."
         )
-    if not here.whole:
+    return not_opaque()
+
+
+def not_opaque() -> str | None:
+    """Says why no kernel that the compiler cannot look into may be taken here, or None."""
+    if _readable.get():
+        return "the program is compiled to be read, and this kernel's work cannot be read off it."
+    if not target().whole:
         return (
             "arrays are cut over the mesh by the compiler here, which cannot cut this kernel: call"
             " it inside a jax.shard_map over all axes, or take 'xla'."

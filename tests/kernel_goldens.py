@@ -2,17 +2,20 @@
 
 `--write [ROW ...]` sets goldens anew. A row fails when a kernel spills more than before, loses a
 wgmma or TMA instruction that it had or must have, takes a tenth more registers or shared memory,
-comes or goes, or when ptxas notes a loss of performance. Plain script: needs `.venv-plan`.
+comes or goes, or when ptxas notes a loss of performance. A decoding step (`kernel_steps.py`) fails
+when it calls other kernels than it must, or makes floats of a quantized weight. Plain script: needs
+`.venv-plan`.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internjax.experiments.kernel_steps import STEPS
 from internjax.kernels.cases import CASES
 from internjax.plan.compile import ask, plan_python
 
@@ -23,7 +26,9 @@ type Row = dict[str, Any]
 
 
 def record(answer: Row) -> Row:
-    """What a golden holds of a compiled row."""
+    """What a golden holds of a compiled row, or of a step."""
+    if "calls" in answer:
+        return {"temp_bytes": answer["temp_bytes"], "kernels": {}}
     kernels = {kernel["name"]: _facts(kernel) for kernel in answer["kernels"]}
     return {"temp_bytes": answer["temp_bytes"], "kernels": kernels}
 
@@ -46,6 +51,15 @@ def unmet(answer: Row, needs: Sequence[str], why: str) -> list[str]:
         if waits_for_registers(kernel):
             found.append(f"{kernel['name']}: setmaxnreg {kernel['exchanged']} would wait for ever")
         found += [f"{kernel['name']}: {note}" for note in kernel["notes"]]
+    return found
+
+
+def unmet_by_step(answer: Row, calls: Mapping[str, int]) -> list[str]:
+    """What a step must have whatever its golden says."""
+    found = [f"floats of a quantized weight: {copy}" for copy in answer["copies"]]
+    for name in sorted({*calls, *answer["calls"]}):
+        if (now := answer["calls"].get(name, 0)) != (want := calls.get(name, 0)):
+            found.append(f"{name}: called {now} times, not {want}")
     return found
 
 
@@ -80,8 +94,18 @@ def _grown(what: str, now: int, was: int, share: float) -> list[str]:
     return [f"{what}: {was:,} -> {now:,}"] * (now > was * (1 + share))
 
 
-def words(row: Row) -> str:
-    """One line of a row's kernels."""
+def must_have(name: str, answer: Row) -> list[str]:
+    """What is unmet of a row or a step."""
+    if name in STEPS:
+        return unmet_by_step(answer, STEPS[name].calls)
+    return unmet(answer, CASES[name].needs, CASES[name].why)
+
+
+def words(row: Row, answer: Row) -> str:
+    """One line of a row's kernels, or of a step's calls."""
+    if "calls" in answer:
+        calls = ", ".join(f"{times} {name}" for name, times in sorted(answer["calls"].items()))
+        return f"{calls}; {row['temp_bytes']:,} temporary bytes"
     return "; ".join(
         f"{name} {k['registers']} registers, {k['spill_bytes']} B spilled,"
         f" {k['smem_bytes'] // 1024} KiB, {k['wgmma']} wgmma,"
@@ -105,26 +129,26 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", help="rows to compile (all)")
     parser.add_argument("--write", action="store_true", help="set their goldens anew")
     given = parser.parse_args()
-    names = [name for name in CASES if not given.rows or name in given.rows]
+    names = [name for name in [*CASES, *STEPS] if not given.rows or name in given.rows]
     goldens = json.loads(GOLDENS.read_text(encoding="utf-8")) if GOLDENS.is_file() else {}
     failed, start = 0, time.perf_counter()
     for name, answer in compiled(names):
         row = None if "error" in answer else record(answer)
-        case = CASES[name]
-        found = unmet(answer, case.needs, case.why) if row is not None else [answer["error"]]
+        found = [answer["error"]] if row is None else must_have(name, answer)
         if row is not None and not given.write:
             found += complaints(row, goldens.get(name))
         elif row is not None and not found:
             goldens[name] = row
         seconds = 0.0 if row is None else answer["seconds"]
         verdict = "FAILED" if found else "ok"
-        print(f"{verdict:<7}{seconds:5.1f} s  {name}: {words(row) if row else ''}", flush=True)
+        said = "" if row is None else words(row, answer)
+        print(f"{verdict:<7}{seconds:5.1f} s  {name}: {said}", flush=True)
         for line in found:
             print(f"        {line}")
         failed += bool(found)
     print(f"{len(names) - failed} of {len(names)} rows ok in {time.perf_counter() - start:.0f} s")
     if given.write:
-        rows = {name: goldens[name] for name in sorted(goldens) if name in CASES}
+        rows = {name: goldens[name] for name in sorted(goldens) if name in {*CASES, *STEPS}}
         GOLDENS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 

@@ -1,6 +1,7 @@
 """What reads compiled kernels: reports, golden rows, predicted times; planted losses are found."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from internjax import cli
 from internjax.errors import UserError
 from internjax.experiments import bench_kernels
 from internjax.kernels.case import Case
-from internjax.plan.kernel_time import BF16_FLOPS, SUSTAINED, predict, turn_of
+from internjax.plan.kernel_time import BF16_FLOPS, SUSTAINED, loaded_bytes, predict, turn_of
 from internjax.plan.kernels import CALL, report
 from internjax.plan.topology import gpu_named
 from tests.kernel_goldens import complaints, record, unmet
@@ -112,6 +113,16 @@ def test_a_turn_of_the_loop_is_counted_by_hand():
     assert turn.tensor_cycles == turn.flops / BF16_FLOPS == 64
     assert (turn.instructions, turn.special) == (2, 1)  # mul, ex2; not what is jumped over
     assert turn_of("$L__BB0_1:\n\tadd.f32 %r1, %r2, %r3;\n\t@%p1 bra $L__BB0_1;") is None
+
+
+def test_loads_to_registers_are_under_way_too():
+    """Two vectors of 16 bytes and a number, of a thread; no more than its registers hold."""
+    loads = "\tld.global.v4.b32 {%r1}, [%rd1];\n" * 2
+    loads += "\tld.global.nc.L1::no_allocate.u16 %rs1, [%rd1];\n"
+    kernel = replace(flash(), ptx=loads, smem_bytes=0)
+    assert loaded_bytes(kernel) == 34
+    assert loaded_bytes(replace(kernel, ptx=loads * 99)) == 4 * kernel.registers
+    assert loaded_bytes(replace(kernel, ptx="")) == 16
 
 
 def test_predictions_add_up():

@@ -57,8 +57,9 @@ def check(*shape) -> None:
 
 def test_several_queries_of_bfloat16_in_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "LEAST_PART", 64)
-    assert parts_of(2, 1, 128) == 2
-    check(3, 2, 1, 64, 64, 16, [70, 0])  # the second part of slot 1, and all of slot 2, is empty
+    assert parts_of(3, 1, 128) == 2
+    # All of slot 1 is empty, and the second part of slot 2, whose first two queries see nothing.
+    check(3, 2, 1, 64, 64, 16, [70, 0, 1])
 
 
 def test_int4_with_grouped_heads():

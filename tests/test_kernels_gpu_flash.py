@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractMesh, AxisType
 
 from internjax.kernels.attention import _check, attention, causal_attention
 from internjax.kernels.gpu import flash
 from internjax.kernels.gpu.flash import HEAD_SIZES, TILE, Blocks, Rule, key_bounds, query_bounds
+from internjax.kernels.platform import readable
 from tests.interpreting import Race, interpreter
+from tests.targets import on
 
 
 def drawn(seed: int, *shape: int, dtype=jnp.bfloat16):
@@ -227,14 +228,6 @@ def test_what_the_kernel_does_not_serve(q, say):
         causal_attention(q, q, q, **options)
 
 
-def on(kind: str, sizes: tuple = (), axis: AxisType = AxisType.Auto):
-    """Traces as for a GPU of that kind."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    names = tuple("xyz"[: len(sizes)])
-    mesh = AbstractMesh(sizes, names, axis_types=(axis,) * len(sizes), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize(
     ("kind", "sizes", "H", "dtype", "kernel"),
     [
@@ -251,7 +244,11 @@ def test_the_kernel_serves_where_it_says(kind, sizes, H, dtype, kernel):
     q, k, v, _ = inputs(1, 128, 2, 1, H, dtype)
     asked = partial(causal_attention, implementation="pallas")
     with on(kind, sizes):
-        assert "flash_forward" not in str(jax.make_jaxpr(causal_attention)(q, k, v))
+        left = str(jax.make_jaxpr(lambda *x: causal_attention(*x))(q, k, v))
+        assert ("flash_forward" in left) == kernel
+        with readable():  # where FLOPs are counted in HLO
+            read = str(jax.make_jaxpr(lambda *x: causal_attention(*x))(q, k, v))
+        assert "flash_forward" not in read
         if kernel:
             assert "flash_forward" in str(jax.make_jaxpr(asked)(q, k, v))
         else:

@@ -11,6 +11,7 @@ from internjax.kernels.gpu.quant_matmul import (
     expand,
     from_int4,
     quant_matmul,
+    tiles_of,
     to_fp8,
     to_int8,
 )
@@ -62,6 +63,12 @@ def check(kind: str, M: int, I: int, O: int, activations: str | None = None) -> 
 
 def test_products_with_many_tokens_are_the_reference():
     check("int4 32", 70, 128, 128)
+
+
+def test_one_group_of_the_whole_depth_that_blocks_share():
+    w = MAKE["int4 whole"](jnp.ones((1024, 64)))
+    assert len(w.scales) == 1 and tiles_of(3, w, "bfloat16").splits == 4
+    check("int4 whole", 3, 1024, 64)
 
 
 @pytest.mark.slow

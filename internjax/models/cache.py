@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from internjax.kernels.attention import attention
 from internjax.kernels.cpu import rope_write as cpu_rope_write
 from internjax.kernels.cpu.attention import paged_attention, serves
-from internjax.models import rope
+from internjax.kernels.platform import target
+from internjax.models import cache_blocks, rope
 from internjax.models.config import ModelConfig
 from internjax.tree import Leaf
 
@@ -93,13 +94,17 @@ def rotate_and_write(
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Returns rotated queries, and the cache with rotated keys and values written at `start`.
 
-    The CPU kernel does all of it where it serves.
+    The kernel of a Hopper GPU or of the CPU does all of it where it serves.
 
     Args:
-      rows: of the cache, where the kernels work in place (`in_place`); else and by default each
+      rows: of the cache, where the CPU kernels work in place (`in_place`); else and by default each
         sequence has its own.
     """
-    if not cpu_rope_write.serves(q, cache.k[layer].dtype):
+    if cache_blocks.writes(q, cache.k[layer]):
+        old = cache.k[layer], cache.v[layer]
+        q, k, v = cache_blocks.rotate_and_write(q, k, v, angle, factor, *old, start)
+        return q, cache.replace(k=_set(cache.k, layer, k), v=_set(cache.v, layer, v))
+    if not (_on_cpu() and cpu_rope_write.serves(q, cache.k[layer].dtype)):
         q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
         return q, update_layer(cache, layer, k, v, start)
     B, T = q.shape[:2]
@@ -136,10 +141,12 @@ def attend_layer(
 ) -> Float[Array, "B T N H"]:
     """Attends queries at positions start.. of each row to the cached keys up to their own.
 
-    Where the CPU kernel serves, it reads the cache in place and as far as each row is filled; else
-    the first `attend` positions are read out as one matrix.
+    Where the kernel of a Hopper GPU or of the CPU serves, it reads the cache in place and as far as
+    each row is filled; else the first `attend` positions are read out as one matrix.
     """
-    if serves(q, cache.k[layer].dtype):
+    if cache_blocks.attends(q, cache.k[layer]):
+        return cache_blocks.attend(q, cache.k[layer], cache.v[layer], start, attend)
+    if _on_cpu() and serves(q, cache.k[layer].dtype):
         scales = {}
         if cache.k_scale:
             scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
@@ -158,7 +165,12 @@ def in_place(cfg: ModelConfig, dtype) -> bool:
     Then one compiled program serves any length, and any rows of the cache.
     """
     q = jax.ShapeDtypeStruct((1, 1, cfg.num_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
-    return serves(q, jnp.dtype(dtype)) and cpu_rope_write.serves(q, jnp.dtype(dtype))
+    dtype = jnp.dtype(dtype)
+    return _on_cpu() and serves(q, dtype) and cpu_rope_write.serves(q, dtype)
+
+
+def _on_cpu() -> bool:
+    return target().platform == "cpu"  # a CPU host compiles for GPUs, too
 
 
 def _rows(rows: Array | None, batch: int) -> Array:

@@ -21,12 +21,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from internjax.collectives import Parallel, token_mean
+from internjax.kernels.platform import choose, not_for_hopper
 from internjax.models.config import ModelConfig
 from internjax.models.init import InitConfig
 from internjax.models.layers import swiglu
 from internjax.models.params import ParamSpec
 from internjax.tree import Params, wide
-from internjax.weights import gather, plain
+from internjax.weights import QuantWeight, TurnedWeight, Weight, as_matrix, gather, plain
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 8  # rows
 
@@ -114,7 +115,7 @@ def _limited(x: Array, gates: Array, experts: Array, w: Params, cfg: ModelConfig
     rows = _dispatch(x, slot, E * C).reshape(E, C, D)
     if par.expert is not None:  # [E, C, D] -> [own E, C of every device, D]
         rows = lax.all_to_all(rows, par.expert, split_axis=0, concat_axis=1, tiled=True)
-    w_gate, w_up, w_down = _weights(w, x.dtype, par)
+    w_gate, w_up, w_down = (plain(each, x.dtype) for each in _weights(w, par))
     hidden = swiglu(
         jnp.einsum("ECD,EDF->ECF", rows, w_gate), jnp.einsum("ECD,EDF->ECF", rows, w_up)
     )
@@ -137,21 +138,21 @@ def _dropless(x: Array, gates: Array, experts: Array, w: Params, cfg: ModelConfi
     ids = jnp.where((ids >= 0) & (ids < own), ids, own)  # own: an expert of another device
     slot, owner, used, size = _blocks(ids, own, x.shape[0], cfg)
     rows = _dispatch(x, slot, owner.shape[0] * size).reshape(-1, size, x.shape[1])
-    w_gate, w_up, w_down = _weights(w, x.dtype, par)
+    w_gate, w_up, w_down = _weights(w, par)
     hidden = swiglu(
-        block_product(rows, w_gate, owner, used), block_product(rows, w_up, owner, used)
+        expert_product(rows, w_gate, owner, used), expert_product(rows, w_up, owner, used)
     )
-    y = block_product(hidden, w_down, owner, used)
+    y = expert_product(hidden, w_down, owner, used)
     y = _combine(y.reshape(-1, x.shape[1]), slot, gates)
     if par.expert is None:
         return y
     return lax.psum_scatter(y, par.expert, scatter_dimension=0, tiled=True)
 
 
-def _weights(w: Params, dtype, par: Parallel) -> tuple[Array, Array, Array]:
+def _weights(w: Params, par: Parallel) -> tuple[Weight, Weight, Weight]:
     """The weights of this device's experts, gathered where ZeRO 3 cut them."""
     cut = (("expert_gate", 1), ("expert_up", 1), ("expert_down", 2))
-    return tuple(plain(gather(w[name], dim, par), dtype) for name, dim in cut)
+    return tuple(gather(w[name], dim, par) for name, dim in cut)
 
 
 def _ranks(ids: Int[Array, " A"], groups: int) -> tuple[Int[Array, " A"], Int[Array, " G"]]:
@@ -203,6 +204,26 @@ def _combine(
     N, k = gates.shape
     parts = y.at[slot].get(mode="fill", fill_value=0).reshape(k, N, -1)
     return jnp.einsum("kND,Nk->ND", parts, gates)
+
+
+def expert_product(
+    rows: Float[Array, "M R I"], w: Weight, owner: Int[Array, " M"], used: Int[Array, ""]
+) -> Float[Array, "M R O"]:
+    """Multiplies blocks as `block_product` does, by weights of any kind.
+
+    Hopper's kernel is taken where it serves, for 4-bit experts without a float copy of them.
+    """
+    legal = {"xla": None, "pallas": not_for_hopper()}
+    if legal["pallas"] is None:
+        from internjax.kernels.gpu.grouped_matmul import grouped_matmul, why_not
+
+        whole = isinstance(w, (QuantWeight, TurnedWeight))
+        matrix = as_matrix(w) if whole else plain(w, rows.dtype)
+        legal["pallas"] = why_not(rows, matrix)
+    best = "xla" if legal["pallas"] else "pallas"
+    if choose("experts", None, legal, best=best) == "pallas":
+        return grouped_matmul(rows, matrix, owner, used, implementation="pallas")
+    return block_product(rows, plain(w, rows.dtype), owner, used)
 
 
 @jax.custom_vjp

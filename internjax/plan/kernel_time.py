@@ -24,6 +24,7 @@ _LABEL = re.compile(r"^(\$L__BB\w+):")
 _JUMP = re.compile(r"^(@!?%p\d+ )?bra(?:\.uni)?\s+(\$L__BB\w+);")
 _WGMMA = re.compile(r"wgmma\.mma_async\S*\.m64n(\d+)k(\d+)\.\w+\.(\w+)\.")
 _SPECIAL = re.compile(r"^(?:ex2|lg2|sin|cos|tanh|rcp|rsqrt|sqrt)\.")
+_LOAD = re.compile(r"\bld\.(?:weak\.|relaxed\.)?global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
 _CODE = re.compile(r"^(?:@!?%p\d+ )?[a-z][a-z0-9_]*\.[\w.:]+\s")
 _FREE = re.compile(r"^(?:mov|cvta)\.")  # of the text only: registers are renamed
 
@@ -63,8 +64,8 @@ class Prediction:
 def predict(kernel: KernelReport, gpu: Gpu) -> Prediction:
     """Reads a kernel."""
     blocks = blocks_per_sm(kernel, gpu)
-    # Half of the shared memory is under way while the other half is worked on.
-    under_way = blocks * max(kernel.smem_bytes, kernel.threads * 16) / 2
+    # Half of what it is copied to is under way while the other half is worked on.
+    under_way = blocks * max(kernel.smem_bytes, kernel.threads * loaded_bytes(kernel)) / 2
     needed = gpu.hbm_bandwidth / gpu.sm_count * HBM_SECONDS
     hbm_share = HBM_SHARE * min(1.0, under_way / needed)
     turn = turn_of(kernel.ptx)
@@ -92,6 +93,13 @@ def blocks_per_sm(kernel: KernelReport, gpu: Gpu) -> int:
         2048 // kernel.threads,
         32,
     )
+
+
+def loaded_bytes(kernel: KernelReport) -> int:
+    """Bytes that a thread loads to registers in one pass of the code, at most what they hold."""
+    found = _LOAD.findall(kernel.ptx)
+    loaded = sum(int(vector or 1) * int(bits) // 8 for vector, bits in found)
+    return max(16, min(loaded, 4 * kernel.registers))
 
 
 def turn_of(ptx: str) -> Turn | None:

@@ -82,9 +82,7 @@ def compile_kernels(fn: Callable, args: Sequence[Any], gpu: Gpu) -> CompiledKern
       fn: of arrays; its kernels have names of their own.
       args: shapes (trees of jax.ShapeDtypeStruct).
     """
-    mesh = jax.sharding.Mesh(np.array(topology(gpu, 1)), ("one",))
-    here = jax.sharding.NamedSharding(mesh, jax.P())
-    placed = jax.tree.map(lambda x: x.update(sharding=here), tuple(args))
+    mesh, placed = _placed(args, gpu)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         before = os.environ.get(DUMP)
         os.environ[DUMP] = folder
@@ -99,6 +97,38 @@ def compile_kernels(fn: Callable, args: Sequence[Any], gpu: Gpu) -> CompiledKern
         for name, key in sorted(set(CALL.findall(compiled.as_text())))
     )
     return CompiledKernels(kernels, int(compiled.memory_analysis().temp_size_in_bytes))
+
+
+def compile_program(
+    build: Callable[[], tuple[Callable, Sequence[Any]]], gpu: Gpu
+) -> tuple[dict[str, int], int, str]:
+    """Compiles a whole program for one GPU, in which kernels are taken as they would be there.
+
+    Args:
+      build: gives a function of arrays, its first argument donated, and shapes.
+
+    Returns: Mosaic kernels and how often each is called, XLA's temporary bytes, scheduled HLO.
+    """
+    with jax.sharding.use_abstract_mesh(_mesh(gpu).abstract_mesh):  # it has nothing to run on
+        fn, args = build()
+    mesh, placed = _placed(args, gpu)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(fn, donate_argnums=0).lower(*placed)
+        compiled = lowered.compile(compiler_options=OPTIONS)
+    text = compiled.as_text()
+    calls = Counter(name for name, _ in CALL.findall(text))
+    return dict(calls), int(compiled.memory_analysis().temp_size_in_bytes), text
+
+
+def _mesh(gpu: Gpu) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(topology(gpu, 1)), ("one",))
+
+
+def _placed(args: Sequence[Any], gpu: Gpu) -> tuple[jax.sharding.Mesh, tuple]:
+    """A mesh of one compile-only GPU, and the shapes on it."""
+    mesh = _mesh(gpu)
+    here = jax.sharding.NamedSharding(mesh, jax.P())
+    return mesh, jax.tree.map(lambda x: x.update(sharding=here), tuple(args))
 
 
 def launches(jaxpr: Any) -> Iterator[tuple[str, int]]:

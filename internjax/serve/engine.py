@@ -22,6 +22,7 @@ import numpy as np
 from internjax.errors import UserError
 from internjax.kernels.cpu.library import available
 from internjax.kernels.cpu.matmul import ACTIVATIONS
+from internjax.kernels.platform import not_for_hopper, target
 from internjax.models import rope
 from internjax.models.cache import in_place
 from internjax.models.lm import SamplingParams
@@ -39,7 +40,7 @@ from internjax.serve.scheduler import (
 )
 from internjax.serve.text import TextStream
 from internjax.tree import Params, unstack_layers
-from internjax.weights import packed, plain
+from internjax.weights import QuantWeight, packed, plain, turned
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ class EngineConfig:
       max_waiting: requests that may wait for a slot before new ones are refused.
       prefill_tokens: prompt tokens prefilled between two decoding steps.
       weights: "keep" computes with quantized or adapted weights as they are, "expand" turns them
-        into plain float arrays once, "pack" lays integers out for the CPU kernels. "auto" packs
-        where those run; on a CPU without them it expands, for unpacking at every step costs more
-        than reading the floats.
+        into plain float arrays once, "pack" lays integers out for the CPU kernels, "turn" for those
+        of Hopper GPUs. "auto" packs or turns where those run; on a CPU without them it expands, for
+        unpacking at every step costs more than reading the floats.
       activations: what products with packed weights round their activations to: "int8" by groups,
         "bf16", or "f32" for none.
     """
@@ -79,13 +80,15 @@ class EngineConfig:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
         if self.kv_dtype not in ("float32", "bfloat16", "int8"):
             raise UserError(f"kv_dtype={self.kv_dtype!r}: legal are float32, bfloat16, int8.")
-        if self.weights not in ("auto", "keep", "expand", "pack"):
-            raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand, pack.")
+        if self.weights not in ("auto", "keep", "expand", "pack", "turn"):
+            raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand, pack, turn.")
         if self.activations not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise UserError(f"activations={self.activations!r}: legal are {names}.")
         if self.weights == "pack" and not available():
             raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")
+        if self.weights == "turn" and (why := not_for_hopper()):
+            raise UserError(f"weights=turn is for the GPU kernels: {why}")
 
 
 @dataclass
@@ -409,8 +412,10 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
     Layers become one dict each; packed weights stay one stack that the dicts share.
     """
     how = config.weights
-    if how == "auto" and jax.default_backend() == "cpu":
+    if how == "auto" and target().platform == "cpu":
         how = "pack" if available() else "expand"
+    if how == "auto" and not_for_hopper() is None:
+        how = "turn"
     if how == "expand":
         special = [x for x in jax.tree.leaves(params, is_leaf=_is_weight) if _is_weight(x)]
         if special:
@@ -420,6 +425,11 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
     elif how == "pack":
         fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
         params = jax.tree.map(fit, params, is_leaf=_is_weight)
+    elif how == "turn":
+        integers = lambda x: isinstance(x, QuantWeight)  # noqa: E731
+        turn = jax.jit(turned)  # in passing: the nibbles by themselves are four times as much
+        fit = lambda x: turn(x) if integers(x) else x  # noqa: E731
+        params = jax.tree.map(fit, params, is_leaf=integers)
     return unstack_layers(params)
 
 

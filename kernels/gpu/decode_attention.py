@@ -38,6 +38,7 @@ BLOCKS = (64, 128)  # positions of a block
 MOST_BLOCK = 128 * 128  # numbers of a block: shared memory holds four
 LEAST_PART, MOST_PARTS = 256, 32  # keys of a part, parts of a slot
 MOST_COLUMNS = 256  # of what TMA copies at one time
+MOST_UNPACKED = 128  # bytes of a stored vector at one time, a tile: more spill beside sums of 256
 STAGES = 2  # blocks of keys in flight: two thread blocks then fit an SM
 STEPS = {8: 255, 4: 15}
 
@@ -268,14 +269,16 @@ def _launch(
             """The signed integers of a block as bfloat16, in shared memory as wgmma takes them."""
             if not quantized:
                 return x_sm
-            x = plgpu.load(x_sm, layout=MATRIX)
-            if bits == 8:
-                to[...] = (x ^ 128).astype(jnp.int8).astype(jnp.bfloat16)
-            else:
-                low = (x & 15).astype(jnp.int8).astype(jnp.bfloat16)
-                high = ((x & 240) ^ 128).astype(jnp.int8).astype(jnp.bfloat16)
-                to[:, pl.ds(0, width)] = low - jnp.bfloat16(8)
-                to[:, pl.ds(width, width)] = high * jnp.bfloat16(1 / 16)
+            for at in range(0, width, MOST_UNPACKED):
+                here = pl.ds(at, min(MOST_UNPACKED, width))
+                x = plgpu.load(x_sm.at[:, here], layout=MATRIX)
+                if bits == 8:
+                    to[:, here] = (x ^ 128).astype(jnp.int8).astype(jnp.bfloat16)
+                else:
+                    low = (x & 15).astype(jnp.int8).astype(jnp.bfloat16)
+                    high = ((x & 240) ^ 128).astype(jnp.int8).astype(jnp.bfloat16)
+                    to[:, here] = low - jnp.bfloat16(8)
+                    to[:, pl.ds(width + at, here.size)] = high * jnp.bfloat16(1 / 16)
             plgpu.commit_smem()
             return to
 

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from internjax.kernels.gpu.quant_matmul import Matrix, activation_scales, expand, why_not
+from internjax.kernels.gpu.quant_matmul import (
+    Matrix,
+    activation_scales,
+    expand,
+    why_not as matrix_why_not,
+)
 from internjax.kernels.gpu.scaled_matmul import (
     Scaling,
     Tiles,
@@ -50,7 +55,7 @@ def grouped_matmul(
             f"grouped_matmul: rows {rows.shape}, {I} inputs of the weights, owners {owner.shape};"
             " legal are [M, R, I], I and [M]."
         )
-    served = {"xla": None, "pallas": _why_not(rows, w) or not_for_hopper(interpret)}
+    served = {"xla": None, "pallas": why_not(rows, w) or not_for_hopper(interpret)}
     best = "xla" if served["pallas"] else "pallas"
     chosen = choose("grouped_matmul", implementation, served, best=best)
     if chosen == "xla" or not len(rows):
@@ -60,12 +65,12 @@ def grouped_matmul(
     return _plain(rows, w, owner, used, interpret)
 
 
-def _why_not(rows: Array, w: Array | Matrix) -> str | None:
+def why_not(rows: Array, w: Array | Matrix) -> str | None:
     """Says what the Hopper kernel does not serve in these arrays, or None."""
     if rows.shape[1] not in ROWS:
         return f"blocks of {rows.shape[1]} rows; legal are {ROWS}."
     if isinstance(w, Matrix):
-        return why_not(rows, w)
+        return matrix_why_not(rows, w)
     I, O = w.shape[1:]
     if rows.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
         return f"rows of {rows.dtype} and weights of {w.dtype}; legal is bfloat16."

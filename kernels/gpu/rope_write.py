@@ -62,7 +62,7 @@ def rope_write(
             f" {angle.shape} into {pool.k.shape}; legal are heads of one size H, angles of H/2 and"
             f" {K} KV heads."
         )
-    served = {"xla": None, "pallas": _why_not(q, k, pool) or not_for_hopper(interpret)}
+    served = {"xla": None, "pallas": why_not(q, k, pool) or not_for_hopper(interpret)}
     best = "xla" if served["pallas"] else "pallas"
     chosen = choose("rope_write", implementation, served, best=best)
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]).astype(jnp.float32) * factor
@@ -75,7 +75,7 @@ def rope_write(
     return rotated.reshape(q.shape), pool
 
 
-def _why_not(q: Array, k: Array, pool: KVPool) -> str | None:
+def why_not(q: Array, k: Array, pool: KVPool) -> str | None:
     """Says what the Hopper kernel does not serve in these arrays, or None."""
     if q.shape[-1] not in HEAD_SIZES:
         return f"head size {q.shape[-1]}; legal are {HEAD_SIZES}."
