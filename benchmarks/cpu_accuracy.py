@@ -105,7 +105,7 @@ def _peer(path: Path):
     from cpu_decode import Peer
 
     peer = Peer("peer_llama.py", path) if PEERS.is_file() else None
-    return peer if peer and peer.there else None
+    return peer if peer and peer.there() else None
 
 
 def _scores(peer, rows: np.ndarray) -> np.ndarray:

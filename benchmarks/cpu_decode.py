@@ -8,10 +8,10 @@ numbers in bfloat16. Rounds of all alternate, so that a noisy machine disturbs a
     RATIO name ours theirs ratio [lowest ratio of a round .. highest]
 
 with medians of the rounds, in tokens/s; a ratio below 1 is a loss. BANDWIDTH lines give what share
-of the measured read bandwidth (the threads of the kernels, over 100 MB and over 1 GB) decoding at
-batch 1 takes, counted as the bytes of all weights a token. Exits with 3 when a peer is missing
-(`make peers` builds them); ours is printed all the same. quick=true: fewer tokens and no long
-context, under 50 s.
+of the read bandwidth (the threads of the kernels, over 100 MB and over 1 GB, measured in the same
+rounds) decoding at batch 1 takes; a token reads all weights and the keys and values of its context.
+Exits with 3 when a peer is missing (`make peers` builds them); ours is printed all the same.
+quick=true: fewer tokens and no long context, under 50 s.
 """
 
 import ctypes
@@ -30,15 +30,16 @@ import numpy as np
 
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.kernels.cpu import library
-from internjax.models.convert import convert
+from internjax.models.convert import convert, model_path
 from internjax.models.lm import SamplingParams
-from internjax.models.load import Model, load
+from internjax.models.load import Model, load, resolve
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.tree import size_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 ROUNDS = 5
+SWEEPS = {"100 MB": 100 * 10**6, "1 GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ FULL = (
     Case("decode", 1, 2048, 32),
     Case("decode", 16, 128, 32),
 )
-QUICK = (Case("prefill", 1, 128, 0), Case("decode", 1, 128, 24), Case("decode", 16, 32, 8))
+QUICK = (Case("prefill", 1, 128, 0), Case("decode", 1, 128, 16), Case("decode", 16, 32, 8))
 
 
 class Ours:
@@ -108,7 +109,10 @@ class Peer:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.there = self.process.stdout.readline().strip() == '"ready"'
+
+    def there(self) -> bool:
+        """Waits until it has loaded; False where it is not installed."""
+        return self.process.stdout.readline().strip() == '"ready"'
 
     def ask(self, case: Case) -> float:
         """Runs one case; returns tokens/s."""
@@ -124,30 +128,33 @@ class Peer:
 
 
 def start_peers(path: Path, folder: Path) -> dict[str, Peer]:
-    """Starts those peers that are installed."""
+    """Starts the peers; they load while we do."""
     if not PEERS.is_file():
         return {}
     convert(path, folder / "hf", to="hf", dtype="bfloat16")
     peers = {"torch": Peer("peer_torch.py", folder / "hf")}
     if path.suffix == ".gguf":
         peers["llama.cpp"] = Peer("peer_llama.py", path)
-    return {name: peer for name, peer in peers.items() if peer.there}
+    return peers
 
 
-def read_bandwidth(size: int) -> float:
-    """Returns bytes/s of reading `size` bytes in order with all threads, median of the rounds."""
-    native = library.library()
-    native.internjax_cpu_sweep.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    native.internjax_cpu_sweep.restype = ctypes.c_int32
-    block = np.ones(size, np.uint8)
+class Memory:
+    """The yardstick: how fast the kernels' threads read a block of memory in order."""
 
-    def once() -> float:
+    def __init__(self, size: int):
+        self.block = np.ones(size, np.uint8)
+        self.native = library.library()
+        self.native.internjax_cpu_sweep.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self.native.internjax_cpu_sweep.restype = ctypes.c_int32
+
+    def ask(self, _: Case) -> float:
+        """Returns bytes/s, the best of three passes."""
+        return max(self.once() for _ in range(3))
+
+    def once(self) -> float:
         start = time.perf_counter()
-        native.internjax_cpu_sweep(block.ctypes.data, size)
-        return size / (time.perf_counter() - start)
-
-    once()
-    return statistics.median(once() for _ in range(ROUNDS))
+        self.native.internjax_cpu_sweep(self.block.ctypes.data, self.block.size)
+        return self.block.size / (time.perf_counter() - start)
 
 
 def show(name: str, ours: list[float], peer: str, theirs: list[float]) -> None:
@@ -158,32 +165,39 @@ def show(name: str, ours: list[float], peer: str, theirs: list[float]) -> None:
     print(f"RATIO {name}_vs_{peer} {here:.1f} {there:.1f} {here / there:.2f} {spread}", flush=True)
 
 
+def measure(case: Case, askers: dict[str, Callable[[Case], float]]) -> dict[str, list[float]]:
+    """Runs a case in rounds; the first one compiles, fills and warms up."""
+    at_limit = case.kind == "decode" and case.batch == 1
+    askers = {name: ask for name, ask in askers.items() if at_limit or name not in SWEEPS}
+    rounds = [{name: ask(case) for name, ask in askers.items()} for _ in range(ROUNDS + 1)]
+    return {name: [r[name] for r in rounds[1:]] for name in askers}
+
+
 def main(args: list[str]) -> int:
     """Alternates rounds, prints medians and ratios."""
     quick = "quick=true" in args
     names = [a for a in args if "=" not in a]
     enable_compilation_cache()
-    model = load(names[0] if names else "smollm2-135m-instruct", packed=True)
-    ours = Ours(model)
+    name = names[0] if names else "smollm2-135m-instruct"
     cases = QUICK if quick else FULL
-    figures: dict[tuple[str, Case], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        peers = start_peers(model.path, Path(folder))
+        started = start_peers(model_path(resolve(name)), Path(folder))
+        model = load(name, packed=True)
+        ours = Ours(model)
+        peers = {name: peer for name, peer in started.items() if peer.there()}
         askers: dict[str, Callable[[Case], float]] = {"ours": ours.ask}
         askers |= {name: peer.ask for name, peer in peers.items()}
+        if library.library() is not None:
+            askers |= {name: Memory(size).ask for name, size in SWEEPS.items()}
         for case in cases:
-            for number in range(ROUNDS + 1):  # the first round compiles, fills and warms up
-                for name, ask in askers.items():
-                    figure = ask(case)
-                    if number:
-                        figures.setdefault((name, case), []).append(figure)
-            mine = figures["ours", case]
-            print(f"OURS {case.name} {statistics.median(mine):.1f}", flush=True)
+            figures = measure(case, askers)
+            print(f"OURS {case.name} {statistics.median(figures['ours']):.1f}", flush=True)
             for name in peers:
-                show(case.name, mine, name, figures[name, case])
+                show(case.name, figures["ours"], name, figures[name])
+            if figures.keys() >= SWEEPS.keys():
+                show_bandwidth(model, figures, case)
         for peer in peers.values():
             peer.close()
-    show_bandwidth(model, figures, cases)
     missing = {"torch", "llama.cpp"} - peers.keys()
     if missing:
         print(f"missing: {', '.join(sorted(missing))} in {PEERS}; `make peers` builds it")
@@ -191,20 +205,21 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def show_bandwidth(model: Model, figures: dict, cases: tuple[Case, ...]) -> None:
+def show_bandwidth(model: Model, figures: dict[str, list[float]], case: Case) -> None:
     """Prints the share of the read bandwidth that decoding at batch 1 takes."""
-    if library.library() is None:
-        return
-    per_token = size_bytes(jax.tree.leaves(model.params))
-    for size in (100 * 10**6, 10**9):
-        limit = read_bandwidth(size)
-        for case in cases:
-            if case.kind == "decode" and case.batch == 1:
-                used = per_token * statistics.median(figures["ours", case])
-                print(
-                    f"BANDWIDTH {case.name} {used / 1e9:.1f} GB/s of {limit / 1e9:.1f} over"
-                    f" {size / 1e6:.0f} MB: {used / limit:.0%}"
-                )
+    cfg = model.cfg
+    kept = 2 * 4 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim  # float32, of a position
+    per_token = size_bytes(jax.tree.leaves(model.params)) + kept * (case.context + case.new // 2)
+    used = [per_token * x for x in figures["ours"]]
+    for name in SWEEPS:
+        limits = figures[name]
+        shares = [a / b for a, b in zip(used, limits, strict=True)]
+        print(
+            f"BANDWIDTH {case.name} {statistics.median(used) / 1e9:.1f} GB/s of"
+            f" {statistics.median(limits) / 1e9:.1f} over {name}: {statistics.median(shares):.0%}"
+            f" [{min(shares):.0%} .. {max(shares):.0%}]",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
