@@ -2,8 +2,9 @@
 
 Plain Python, no arrays. A block is free, held by one or more sequences, or cached: full, held by
 nobody, and kept until its room is needed, the one used longest ago first (PagedAttention,
-arXiv:2309.06180). Full blocks are named by all that their keys and values depend on, so a prompt that begins like an earlier one finds
-them. Law: free + held + cached = all, after every call, and a call that raises has changed nothing.
+arXiv:2309.06180). Full blocks are named by all that their keys and values depend on, so a prompt
+that begins like an earlier one finds them. Law: free + held + cached = all, after every call, and a
+call that raises has changed nothing.
 """
 
 import hashlib
