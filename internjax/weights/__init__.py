@@ -1,0 +1,51 @@
+"""Kinds of weights and the one function that tells them apart.
+
+The model calls `einsum(spec, x, w)` and `take(w, ids)`; whether `w` is an array, carries a LoRA
+adapter or is quantized is decided in `products` and nowhere else, so the model has no branch for
+either.
+"""
+
+from internjax.weights.forms import dequantize, lora_delta, num_weights, packed, plain
+from internjax.weights.kinds import (
+    Fp8Weight,
+    LoraWeight,
+    PackedWeight,
+    QuantWeight,
+    TurnedWeight,
+    Weight,
+)
+from internjax.weights.packing import pack
+from internjax.weights.products import (
+    GATHERED,
+    einsum,
+    einsums,
+    gather,
+    take,
+    transposed,
+    wide_matmul,
+)
+from internjax.weights.turning import as_matrix, turned
+
+__all__ = [
+    "GATHERED",
+    "Fp8Weight",
+    "LoraWeight",
+    "PackedWeight",
+    "QuantWeight",
+    "TurnedWeight",
+    "Weight",
+    "as_matrix",
+    "dequantize",
+    "einsum",
+    "einsums",
+    "gather",
+    "lora_delta",
+    "num_weights",
+    "pack",
+    "packed",
+    "plain",
+    "take",
+    "transposed",
+    "turned",
+    "wide_matmul",
+]

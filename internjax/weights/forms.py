@@ -1,0 +1,91 @@
+"""A weight of one kind as another one."""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from internjax.kernels.cpu import tiles as cpu_tiles
+from internjax.weights.kinds import (
+    Fp8Weight,
+    LoraWeight,
+    PackedWeight,
+    QuantWeight,
+    TurnedWeight,
+    Weight,
+)
+from internjax.weights.packing import pack, unpacked
+from internjax.weights.turning import unturned
+
+
+def dequantize(w: QuantWeight, dtype) -> Array:
+    """Expands to a plain array `[..., *in_shape, *out_shape]` of `dtype`."""
+    *lead, half, out = w.values.shape
+    groups = w.scales.shape[-2]
+    nibbles = jnp.stack([w.values & 15, w.values >> 4], axis=-2)  # [..., I/2, 2, O]
+    steps = nibbles.reshape(*lead, groups, 2 * half // groups, out).astype(dtype)
+    zeros, scales = (z.astype(dtype)[..., None, :] for z in (w.zeros, w.scales))
+    return ((steps - zeros) * scales).reshape(*lead, *w.in_shape, *w.out_shape)
+
+
+def plain(w: Weight, dtype) -> Array:
+    """Returns any kind of weight as one array of `dtype`: adapters merged, integers expanded."""
+    if isinstance(w, QuantWeight):
+        return dequantize(w, dtype)
+    if isinstance(w, TurnedWeight):
+        return unturned(w, dtype)
+    if isinstance(w, PackedWeight):
+        return unpacked(w, dtype)
+    if isinstance(w, LoraWeight):
+        return plain(w.base, dtype) + lora_delta(w, dtype)
+    return (w.base if isinstance(w, Fp8Weight) else w).astype(dtype)
+
+
+def lora_delta(w: LoraWeight, dtype) -> Array:
+    """Returns scale * a b, shaped as the base weight."""
+    lead = w.a.ndim - 1 - _num_in(w)
+    a = w.a.astype(dtype).reshape(*w.a.shape[:lead], -1, w.a.shape[-1])
+    b = w.b.astype(dtype).reshape(*w.b.shape[: lead + 1], -1)
+    shape = (*w.a.shape[:-1], *w.b.shape[lead + 1 :])
+    return (a @ b).reshape(shape) * jnp.asarray(w.scale, dtype)
+
+
+def _num_in(w: LoraWeight) -> int:
+    """Returns how many dims are contracted: total dims of base are lead + in + out."""
+    if isinstance(w.base, LoraWeight):
+        return _num_in(w.base)
+    if isinstance(w.base, (QuantWeight, TurnedWeight, PackedWeight)):
+        return len(w.base.in_shape)
+    # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
+    lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
+    return w.a.ndim - 1 - lead
+
+
+def packed(w: Weight, activations: str, dtype) -> Weight:
+    """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
+
+    4-bit integers in groups that the kernels do not serve are expanded, as plain arrays.
+    """
+    if isinstance(w, PackedWeight):
+        return w.replace(activations=activations)
+    if isinstance(w, QuantWeight):
+        group = math.prod(w.in_shape) // w.scales.shape[-2]
+        return plain(w, dtype) if group % cpu_tiles.LANES else pack(w, activations)
+    if isinstance(w, LoraWeight):
+        base = packed(w.base, activations, dtype)
+        return w.replace(base=base, a=w.a.astype(dtype), b=w.b.astype(dtype))
+    return w
+
+
+def num_weights(w: Weight) -> int:
+    """Counts the numbers that a weight stands for (adapters apart)."""
+    if isinstance(w, LoraWeight):
+        return num_weights(w.base)
+    if isinstance(w, QuantWeight):
+        return 2 * math.prod(w.values.shape)
+    if isinstance(w, TurnedWeight):
+        return math.prod(w.values.shape)
+    if isinstance(w, PackedWeight):
+        layers = w.tiles.shape[0] if w.tiles.ndim == 4 and w.layer is None else 1
+        return layers * math.prod(w.in_shape) * math.prod(w.out_shape)
+    return math.prod(w.shape)
