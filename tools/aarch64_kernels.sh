@@ -17,7 +17,7 @@ trap 'rm -rf "$out"' EXIT
 
 build() { # build COMPILER NAME: the check, static, with what setup.py compiles with
   "$1" -std=c++17 -O2 -ffp-contract=off -w -Ikernels/cpu -static -pthread -o "$out/$2" \
-    tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,path_portable,path_avx2,path_avx512}.cc
+    tests/cpu_kernels_check.cc kernels/cpu/{cpu,threads,rope_write,path_portable,path_avx2,path_avx512}.cc
 }
 
 build "$CXX" here

@@ -5,6 +5,7 @@ ModelConfig says (dynamic rope, the family behind architecture "llama").
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,19 @@ def _own(file: GgufFile) -> dict[str, Any]:
 
 def _config(file: GgufFile, prefix: str) -> ModelConfig:
     meta, names = file.metadata, file.tensors
-    d_model = meta[prefix + "embedding_length"]
-    num_heads = meta[prefix + "attention.head_count"]
+    count = functools.partial(_count, meta, prefix)
+    d_model, num_heads = count("embedding_length"), count("attention.head_count")
     cfg = ModelConfig(
         name=str(meta.get("general.name", file.path.stem)),
         family=_family(meta, names),
-        num_layers=meta[prefix + "block_count"],
+        num_layers=count("block_count"),
         d_model=d_model,
         num_heads=num_heads,
-        num_kv_heads=meta.get(prefix + "attention.head_count_kv", num_heads),
-        head_dim=meta.get(prefix + "attention.key_length", d_model // num_heads),
-        d_ff=meta[prefix + "feed_forward_length"],
+        num_kv_heads=count("attention.head_count_kv", num_heads),
+        head_dim=count("attention.key_length", d_model // num_heads),
+        d_ff=count("feed_forward_length"),
         vocab_size=names["token_embd.weight"].shape[0],
-        max_context=meta[prefix + "context_length"],
+        max_context=count("context_length"),
         norm_eps=_shortest(meta[prefix + "attention.layer_norm_rms_epsilon"]),
         rope=_rope(file, prefix),
         qkv_bias="blk.0.attn_q.bias" in names,
@@ -102,6 +103,14 @@ def _config(file: GgufFile, prefix: str) -> ModelConfig:
     if "rope_freqs.weight" in names:
         return dataclasses.replace(cfg, rope=_llama3(cfg, file))
     return cfg
+
+
+def _count(meta: dict[str, Any], prefix: str, key: str, default: int | None = None) -> int:
+    """Returns a whole number of the metadata, which a damaged type may have turned into another."""
+    value = meta[prefix + key] if default is None else meta.get(prefix + key, default)
+    if type(value) is not int:
+        raise TypeError(f"a whole number at {prefix + key} (it is {value!r})")
+    return value
 
 
 def _family(meta, names) -> str:
@@ -122,7 +131,7 @@ def _rope(file: GgufFile, prefix: str) -> RopeConfig:
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path}: rope scaling {kind!r}; legal are none, linear, yarn.")
     factor = _shortest(meta[prefix + "rope.scaling.factor"])
-    context = meta.get(prefix + "rope.scaling.original_context_length", 0)
+    context = _count(meta, prefix, "rope.scaling.original_context_length", 0)
     return RopeConfig(kind=kind, theta=theta, factor=factor, original_context=context)
 
 

@@ -22,6 +22,8 @@ constexpr auto kLook = std::chrono::microseconds(100);
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
 #endif
 }
 
