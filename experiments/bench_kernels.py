@@ -5,6 +5,7 @@ predicted from the code. With it values are compared with the reference first, t
 timed beside its peers.
 """
 
+import logging
 import math
 import re
 import statistics
@@ -23,6 +24,8 @@ from internjax.plan.compile import ask, plan_python
 from internjax.plan.kernel_time import SUSTAINED, predict
 from internjax.plan.kernels import KernelReport
 from internjax.plan.topology import GPUS, Gpu, gpu_named
+
+log = logging.getLogger(__name__)
 
 type Row = dict[str, Any]
 
@@ -113,15 +116,16 @@ def measured_rows(cases: dict[str, Case], gpu: Gpu) -> Iterator[Row]:
         row |= {"microseconds": seconds * 1e6, "of": bound(case, gpu)}
         row["percent"] = 100 * ideal_seconds(case, gpu) / seconds
         for peer, fn in case.peers.items():
-            row[peer] = peer_seconds(fn, args)
+            row[peer] = peer_seconds(f"{peer}, {name}", fn, args)
         yield row
 
 
-def peer_seconds(fn: Callable, args: tuple) -> float | None:
-    """Times a peer; None where it says that it cannot serve the row."""
+def peer_seconds(name: str, fn: Callable, args: tuple) -> float | None:
+    """Times a peer; None where it says that it cannot serve the row, with its reason in the log."""
     try:
         run = jax.jit(fn).lower(*args).compile()
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError) as reason:
+        log.warning("%s is left out: %s", name, reason)
         return None
     return timed(run, args) * 1e6
 

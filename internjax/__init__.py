@@ -1,21 +1,18 @@
 """InternJAX: one tree of arrays through the whole InternLM chain.
 
 `load` gives a model by name or path, `pipeline` a function that answers. Importing this package
-imports neither JAX nor anything else that is slow; it may add to XLA_FLAGS (`xla_flags.py`).
+imports neither JAX nor anything else that is slow.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from internjax.version import __version__
-from internjax.xla_flags import recommend
 
 if TYPE_CHECKING:
     from internjax.models.load import Model
 
 __all__ = ["__version__", "load", "pipeline"]
-
-recommend()
 
 
 def load(name_or_path: str, **options: Any) -> "Model":

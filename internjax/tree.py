@@ -1,6 +1,6 @@
 """Parameter trees as plain data: nested dicts of arrays, addressed by "/"-joined paths.
 
-Knows nothing of models. Leaves may be arrays, shape structs or the weight records of `weights.py`.
+Knows nothing of models. Leaves may be arrays, shape structs or the weight records of `weights`.
 """
 
 import re

@@ -15,7 +15,7 @@ from internjax.kernels.cpu import library, tiles as layout
 from internjax.kernels.cpu.attention import paged_attention, reference
 from internjax.kernels.cpu.matmul import emulated, quant_matmul, quant_matmuls
 from internjax.kernels.cpu.rope_write import rope_write
-from internjax.models.cache import KVCache, quantize_rows, rotate_and_write
+from internjax.models.cache import KVCache, attend_layer, quantize_rows, rotate_and_write
 
 built = pytest.mark.skipif(library.library() is None, reason="no C++ compiler at install")
 PATHS = library.runnable()
@@ -367,6 +367,25 @@ def test_writing_by_the_kernel_is_writing_by_xla(dtype, T, monkeypatch):
             step = {"int8": 1.0, "bfloat16": 0.02}.get(str(a.dtype), 1e-6)
             np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), 0, step)
             assert np.mean(np.asarray(a) != np.asarray(b)) < 0.01 or a.dtype == jnp.float32
+
+
+@built
+def test_a_chosen_row_is_written_and_read_or_refused(monkeypatch):
+    """Row 2 of three is row 0 of a cache of its own; without the kernel the choice is an error."""
+    cache, x = drawn_cache("float32", 3, 20, 2, 16), jnp.ones((1, 4, 2, 16))
+    alone = jax.tree.map(lambda rows: rows[2:], cache)
+    start, angle = jnp.array([7]), jnp.ones((1, 4, 8))
+    got_q, got = rotate_and_write(cache, 0, x, x, x, angle, 1.0, start, jnp.array([2]))
+    want_q, want = rotate_and_write(alone, 0, x, x, x, angle, 1.0, start)
+    np.testing.assert_array_equal(got_q, want_q)
+    np.testing.assert_array_equal(got.k[0], cache.k[0].at[2].set(want.k[0][0]))
+    mixed = attend_layer(got_q, got, 0, start, rows=jnp.array([2]))
+    np.testing.assert_array_equal(mixed, attend_layer(want_q, want, 0, start))
+    monkeypatch.setattr(library, "library", lambda: None)
+    with pytest.raises(ValueError, match="only where `in_place` says so"):
+        rotate_and_write(cache, 0, x, x, x, angle, 1.0, start, jnp.array([2]))
+    with pytest.raises(ValueError, match="only where `in_place` says so"):
+        attend_layer(x, cache, 0, start, rows=jnp.array([2]))
 
 
 @built

@@ -102,8 +102,9 @@ def test_a_cache_of_rows_is_rotated_written_and_read_as_blocks():
     mixed = attend_layer(q, want, 0, start)
     with interpreter() as interpret:
         rows = cache.k[0], cache.v[0]
+        places = jnp.array([[64], [128 + 5], [-1]], jnp.int32)
         got_q, *got = cache_blocks.rotate_and_write(
-            *qkv, angle, 1.5, *rows, start, interpret=interpret
+            *qkv, angle, 1.5, *rows, places, interpret=interpret
         )
         got_mixed = cache_blocks.attend(q, want.k[0], want.v[0], start, interpret=interpret)
         got_q, got, got_mixed = jax.tree.map(np.asarray, (got_q, got, got_mixed))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Left to right: who may be imported by everything after it. One row is one layer.
 LAYERS = [
-    {"version", "xla_flags", "errors", "tree", "mesh", "lineage", "telemetry", "sandbox", "catalog"}
+    {"version", "errors", "tree", "mesh", "lineage", "telemetry", "sandbox", "catalog"}
     | {"report"},
     {"collectives"},
     {"kernels"},

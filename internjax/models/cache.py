@@ -102,15 +102,14 @@ def rotate_and_write(
     """
     if cache_blocks.writes(q, cache.k[layer]):
         old = cache.k[layer], cache.v[layer]
-        q, k, v = cache_blocks.rotate_and_write(q, k, v, angle, factor, *old, start)
+        places = _places(cache, rows, start, q.shape[1])
+        q, k, v = cache_blocks.rotate_and_write(q, k, v, angle, factor, *old, places)
         return q, cache.replace(k=_set(cache.k, layer, k), v=_set(cache.v, layer, v))
     if not (_on_cpu() and cpu_rope_write.serves(q, cache.k[layer].dtype)):
+        _check_whole(rows)
         q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
         return q, update_layer(cache, layer, k, v, start)
-    B, T = q.shape[:2]
-    positions = start[:, None] + jnp.arange(T, dtype=start.dtype)[None]
-    first = cache.length * _rows(rows, B)[:, None]
-    places = jnp.where(positions < cache.length, first + positions, -1)
+    places = _places(cache, rows, start, q.shape[1])
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * factor
     stores = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x]
     pool = tuple(x[layer] for x in stores)
@@ -145,6 +144,7 @@ def attend_layer(
     each row is filled; else the first `attend` positions are read out as one matrix.
     """
     if cache_blocks.attends(q, cache.k[layer]):
+        _check_whole(rows)
         return cache_blocks.attend(q, cache.k[layer], cache.v[layer], start, attend)
     if _on_cpu() and serves(q, cache.k[layer].dtype):
         scales = {}
@@ -153,6 +153,7 @@ def attend_layer(
         table = _rows(rows, q.shape[0])[:, None]  # a row is one block
         lengths = start + q.shape[1]
         return paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, **scales)
+    _check_whole(rows)
     k, v = read_layer(cache, layer, attend, q.dtype)
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=start.dtype)[None, :]
     keys = jnp.arange(k.shape[1], dtype=start.dtype)
@@ -171,6 +172,20 @@ def in_place(cfg: ModelConfig, dtype) -> bool:
 
 def _on_cpu() -> bool:
     return target().platform == "cpu"  # a CPU host compiles for GPUs, too
+
+
+def _places(
+    cache: KVCache, rows: Array | None, start: Int[Array, " B"], tokens: int
+) -> Int[Array, "B T"]:
+    """Positions of the cache, counted through its rows; -1 behind the end of a row."""
+    positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None]
+    first = cache.length * _rows(rows, len(start))[:, None]
+    return jnp.where(positions < cache.length, first + positions, -1)
+
+
+def _check_whole(rows: Array | None) -> None:
+    if rows is not None:
+        raise ValueError("rows of the cache can be chosen only where `in_place` says so.")
 
 
 def _rows(rows: Array | None, batch: int) -> Array:

@@ -14,7 +14,7 @@ from internjax.kernels.platform import choose, not_for_hopper
 BLOCK = 64
 
 
-def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "B C K H"]) -> bool:
+def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> bool:
     """Whether the kernel attends such queries to a cache; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.decode_attention import why_not  # a second that only GPUs pay
@@ -23,7 +23,7 @@ def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "B C K H"]) -> bool:
     return _chosen("attention to the cache", why)
 
 
-def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "B C K H"]) -> bool:
+def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> bool:
     """Whether the kernel rotates such queries and keys and writes these; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.rope_write import why_not
@@ -34,8 +34,8 @@ def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "B C K H"]) -> bool:
 
 def attend(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B C K H"],
-    values: Float[Array, "B C K H"],
+    keys: Float[Array, "rows C K H"],
+    values: Float[Array, "rows C K H"],
     start: Int[Array, " B"],
     bound: int | None = None,
     *,
@@ -63,19 +63,15 @@ def rotate_and_write(
     v: Float[Array, "B T K H"],
     angle: Float[Array, "B T half"],
     factor: float,
-    keys: Float[Array, "B C K H"],
-    values: Float[Array, "B C K H"],
-    start: Int[Array, " B"],
+    keys: Float[Array, "rows C K H"],
+    values: Float[Array, "rows C K H"],
+    places: Int[Array, "B T"],
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T N H"], Array, Array]:
-    """Returns rotated queries, and the rows with rotated keys and values at positions start.."""
+    """Returns rotated queries, and the rows with rotated keys and values at `places`."""
     from internjax.kernels.gpu.rope_write import rope_write
 
-    B, C = keys.shape[:2]
-    position = start[:, None] + jnp.arange(q.shape[1], dtype=start.dtype)[None]
-    row = jnp.arange(B, dtype=start.dtype)[:, None] * C
-    places = jnp.where(position < C, row + position, -1)
     how = {"factor": factor, "implementation": "pallas", "interpret": interpret}
     q, pool = rope_write(q, k, v, angle, _pool(keys, values), places, **how)
     return q, pool.k.reshape(keys.shape), pool.v.reshape(values.shape)
