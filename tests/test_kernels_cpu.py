@@ -369,23 +369,26 @@ def test_writing_by_the_kernel_is_writing_by_xla(dtype, T, monkeypatch):
             assert np.mean(np.asarray(a) != np.asarray(b)) < 0.01 or a.dtype == jnp.float32
 
 
-@built
-def test_a_chosen_row_is_written_and_read_or_refused(monkeypatch):
-    """Row 2 of three is row 0 of a cache of its own; without the kernel the choice is an error."""
-    cache, x = drawn_cache("float32", 3, 20, 2, 16), jnp.ones((1, 4, 2, 16))
-    alone = jax.tree.map(lambda rows: rows[2:], cache)
-    start, angle = jnp.array([7]), jnp.ones((1, 4, 8))
-    got_q, got = rotate_and_write(cache, 0, x, x, x, angle, 1.0, start, jnp.array([2]))
-    want_q, want = rotate_and_write(alone, 0, x, x, x, angle, 1.0, start)
-    np.testing.assert_array_equal(got_q, want_q)
-    np.testing.assert_array_equal(got.k[0], cache.k[0].at[2].set(want.k[0][0]))
-    mixed = attend_layer(got_q, got, 0, start, rows=jnp.array([2]))
-    np.testing.assert_array_equal(mixed, attend_layer(want_q, want, 0, start))
-    monkeypatch.setattr(library, "library", lambda: None)
-    with pytest.raises(ValueError, match="only where `in_place` says so"):
-        rotate_and_write(cache, 0, x, x, x, angle, 1.0, start, jnp.array([2]))
-    with pytest.raises(ValueError, match="only where `in_place` says so"):
-        attend_layer(x, cache, 0, start, rows=jnp.array([2]))
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kernels", [pytest.param(True, marks=built), False])
+def test_blocks_in_any_order_are_a_row(dtype, kernels, monkeypatch):
+    """Bit for bit, whichever blocks hold it; a sequence without blocks writes and reads nothing."""
+    if not kernels:
+        monkeypatch.setattr(library, "library", lambda: None)
+    rows, blocks = drawn_cache(dtype, 1, 24, 2, 16), drawn_cache(dtype, 9, 8, 2, 16)
+    order, start, angle = jnp.array([5, 0, 7]), jnp.array([7]), jnp.ones((1, 10, 8))
+    scatter = lambda b, r: b.at[order].set(r.reshape(3, 8, *r.shape[2:]))  # noqa: E731
+    blocks = jax.tree.map(scatter, blocks, rows)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 10, 2, 16)), jnp.float32)
+    want_q, want = rotate_and_write(rows, 0, x, x, x, angle, 1.0, start)
+    two = lambda x: jnp.concatenate([x, x])  # noqa: E731
+    table = jnp.array([[5, 0, 7, -1], [-1] * 4])
+    given = (two(x), two(x), two(x), two(angle), 1.0, two(start), table)
+    got_q, got = rotate_and_write(blocks, 0, *given)
+    np.testing.assert_array_equal(got_q[:1], want_q)
+    jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(scatter, blocks, want))
+    mixed = attend_layer(got_q, got, 0, two(start), 24, table)
+    np.testing.assert_array_equal(mixed[:1], attend_layer(want_q, want, 0, start, 24))
 
 
 @built

@@ -107,7 +107,16 @@ def test_a_cache_of_rows_is_rotated_written_and_read_as_blocks():
             *qkv, angle, 1.5, *rows, places, interpret=interpret
         )
         got_mixed = cache_blocks.attend(q, want.k[0], want.v[0], start, interpret=interpret)
-        got_q, got, got_mixed = jax.tree.map(np.asarray, (got_q, got, got_mixed))
+        # Rows 0 and 1 again, their blocks in another order: 0, 1, 2, 3 of 64 at 3, 0, 5, 1.
+        order, table = jnp.array([3, 0, 5, 1]), jnp.array([[3, 0], [5, 1], [0, 0]])
+        small = [jnp.zeros((6, 64, 1, 64), x.dtype) for x in rows]
+        small = [
+            x.at[order].set(y[0][:2].reshape(4, 64, 1, 64))
+            for x, y in zip(small, (want.k, want.v), strict=True)
+        ]
+        tabled = cache_blocks.attend(q, *small, start, None, table, interpret=interpret)
+        got_q, got, got_mixed, tabled = jax.tree.map(np.asarray, (got_q, got, got_mixed, tabled))
+    np.testing.assert_array_equal(tabled[:2], got_mixed[:2])
     close = {"rtol": 2**-7, "atol": 2**-7}  # roundings of bfloat16
     wide = lambda x: np.asarray(x, np.float32)  # noqa: E731
     np.testing.assert_allclose(wide(got_q), wide(q), **close)

@@ -18,7 +18,7 @@ from internjax.serve.scheduler import QueueFull
 from tests.fakes import byte_tokenizer, tiny_model
 
 # One shape for all tests: compiled programs are shared by every engine of it.
-CONFIG = EngineConfig(slots=4, context=256, prefill_tokens=64)
+CONFIG = EngineConfig(slots=4, context=256, prefill_tokens=64, prefix_cache=False)
 
 
 def make_model(context=512, **changes):

@@ -33,7 +33,12 @@ def choose(logits, rows, position=0, mask=None, masked=None, **tables):
     mask = jnp.zeros((S, V // 32), jnp.uint32) if mask is None else mask
     masked = jnp.zeros(S, bool) if masked is None else masked
     return sample_jit(
-        jnp.asarray(logits), state_of(rows, **tables), jnp.full(S, position), mask, masked
+        jnp.asarray(logits),
+        state_of(rows, **tables),
+        jnp.arange(S),
+        jnp.full(S, position),
+        mask,
+        masked,
     )
 
 

@@ -1,10 +1,12 @@
-"""The keys and values of past tokens: one array a layer, optionally int8 with a scale a token."""
+"""The keys and values of past tokens: a pool of blocks, optionally int8 with a scale a token.
+
+Sequences that begin alike can share blocks (PagedAttention, arXiv:2309.06180).
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from internjax.kernels.attention import attention
 from internjax.kernels.cpu import rope_write as cpu_rope_write
@@ -17,12 +19,15 @@ from internjax.tree import Leaf
 
 @struct.dataclass
 class KVCache:
-    """Keys (rotated) and values of every layer, rows of C positions.
+    """Keys (rotated) and values of every layer, in a pool of P blocks of C positions.
+
+    A sequence names its blocks, in order, in a row of a table `[B, n]`; -1 stands for none. Where
+    no table is given each sequence has one block, its row.
 
     Fields:
-      k, v: tuples of L arrays `[B, C, K, H]`; one array a layer, so that a donated buffer is
+      k, v: tuples of L arrays `[P, C, K, H]`; one array a layer, so that a donated buffer is
         written in place (a stacked one is copied at every step on CPU).
-      k_scale, v_scale: tuples of L arrays `[B, C, K]` float32 when k and v are int8, else ().
+      k_scale, v_scale: tuples of L arrays `[P, C, K]` float32 when k and v are int8, else ().
     """
 
     k: tuple[Leaf, ...]
@@ -31,14 +36,14 @@ class KVCache:
     v_scale: tuple[Leaf, ...]
 
     @property
-    def length(self) -> int:
-        """C, the positions a row can hold."""
+    def block(self) -> int:
+        """C, the positions of a block."""
         return self.k[0].shape[1]
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, dtype="float32") -> KVCache:
+def init_cache(cfg: ModelConfig, blocks: int, block: int, dtype="float32") -> KVCache:
     """Makes an empty cache; `dtype` "int8" quantizes per token and head, symmetric to 127 steps."""
-    shape = (batch, length, cfg.num_kv_heads, cfg.head_dim)
+    shape = (blocks, block, cfg.num_kv_heads, cfg.head_dim)
 
     def arrays(shape: tuple[int, ...], dtype) -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
@@ -54,30 +59,29 @@ def quantize_rows(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
     return values, scale
 
 
-def write(store: Array, new: Array, start: Int[Array, " B"]) -> Array:
-    """Writes `new` `[B, T, ...]` into rows of `store` `[B, C, ...]` at each row's own `start`."""
-    if store.shape[0] == 1:  # a plain slice update stays in place; a batch of them is a scatter
-        return lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), start[0], axis=1)
-    B, T = new.shape[:2]
-    rows = jnp.arange(B)[:, None]
-    columns = start[:, None] + jnp.arange(T, dtype=start.dtype)[None, :]
-    return store.at[rows, columns].set(new.astype(store.dtype), mode="drop")
+def write(
+    store: Shaped[Array, "P C ..."], new: Shaped[Array, "B T ..."], places: Int[Array, "B T"]
+) -> Shaped[Array, "P C ..."]:
+    """Writes `new` at `places`, counted through the blocks; what is at -1 is not written."""
+    flat = store.reshape(-1, *store.shape[2:])
+    goals = jnp.where(places < 0, len(flat), places)
+    return flat.at[goals].set(new.astype(store.dtype), mode="drop").reshape(store.shape)
 
 
 def update_layer(
-    cache: KVCache, layer: int, k: Array, v: Array, start: Int[Array, " B"]
+    cache: KVCache, layer: int, k: Array, v: Array, places: Int[Array, "B T"]
 ) -> KVCache:
-    """Returns the cache with keys and values `[B, T, K, H]` of one layer written at `start`."""
+    """Returns the cache with keys and values `[B, T, K, H]` of one layer written at `places`."""
     if cache.k_scale:
         k, k_scale = quantize_rows(k)
         v, v_scale = quantize_rows(v)
         cache = cache.replace(
-            k_scale=_set(cache.k_scale, layer, write(cache.k_scale[layer], k_scale, start)),
-            v_scale=_set(cache.v_scale, layer, write(cache.v_scale[layer], v_scale, start)),
+            k_scale=_set(cache.k_scale, layer, write(cache.k_scale[layer], k_scale, places)),
+            v_scale=_set(cache.v_scale, layer, write(cache.v_scale[layer], v_scale, places)),
         )
     return cache.replace(
-        k=_set(cache.k, layer, write(cache.k[layer], k, start)),
-        v=_set(cache.v, layer, write(cache.v[layer], v, start)),
+        k=_set(cache.k, layer, write(cache.k[layer], k, places)),
+        v=_set(cache.v, layer, write(cache.v[layer], v, places)),
     )
 
 
@@ -90,26 +94,21 @@ def rotate_and_write(
     angle: Float[Array, "B T half"],
     factor: float,
     start: Int[Array, " B"],
-    rows: Int[Array, " B"] | None = None,
+    table: Int[Array, "B n"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Returns rotated queries, and the cache with rotated keys and values written at `start`.
 
-    The kernel of a Hopper GPU or of the CPU does all of it where it serves.
-
-    Args:
-      rows: of the cache, where the CPU kernels work in place (`in_place`); else and by default each
-        sequence has its own.
+    The kernel of a Hopper GPU or of the CPU does all of it where it serves. What has no block is
+    not written.
     """
+    places = _places(cache, table, start, q.shape[1])
     if cache_blocks.writes(q, cache.k[layer]):
         old = cache.k[layer], cache.v[layer]
-        places = _places(cache, rows, start, q.shape[1])
         q, k, v = cache_blocks.rotate_and_write(q, k, v, angle, factor, *old, places)
         return q, cache.replace(k=_set(cache.k, layer, k), v=_set(cache.v, layer, v))
     if not (_on_cpu() and cpu_rope_write.serves(q, cache.k[layer].dtype)):
-        _check_whole(rows)
         q, k = rope.rotate(q, angle, factor), rope.rotate(k, angle, factor)
-        return q, update_layer(cache, layer, k, v, start)
-    places = _places(cache, rows, start, q.shape[1])
+        return q, update_layer(cache, layer, k, v, places)
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * factor
     stores = [x for x in (cache.k, cache.v, cache.k_scale, cache.v_scale) if x]
     pool = tuple(x[layer] for x in stores)
@@ -118,16 +117,23 @@ def rotate_and_write(
     return q, KVCache(*new, *[()] * (4 - len(new)))
 
 
-def read_layer(cache: KVCache, layer: int, attend: int | None, dtype) -> tuple[Array, Array]:
+def read_layer(
+    cache: KVCache, layer: int, table: Int[Array, "B n"] | None, attend: int | None, dtype
+) -> tuple[Array, Array]:
     """Returns the first `attend` keys and values `[B, attend, K, H]` of a layer in `dtype`."""
-    k, v = cache.k[layer][:, :attend], cache.v[layer][:, :attend]
+
+    def rows(store: tuple[Array, ...]) -> Array:
+        if table is None:
+            return store[layer][:, :attend]
+        used = table if attend is None else table[:, : -(-attend // cache.block)]
+        blocks = store[layer][_readable(used)]
+        return blocks.reshape(len(used), -1, *blocks.shape[3:])[:, :attend]
+
+    k, v = rows(cache.k).astype(dtype), rows(cache.v).astype(dtype)
     if not cache.k_scale:
-        return k.astype(dtype), v.astype(dtype)
-    k_scale, v_scale = cache.k_scale[layer][:, :attend], cache.v_scale[layer][:, :attend]
-    return (
-        k.astype(dtype) * k_scale[..., None].astype(dtype),
-        v.astype(dtype) * v_scale[..., None].astype(dtype),
-    )
+        return k, v
+    k_scale, v_scale = rows(cache.k_scale), rows(cache.v_scale)
+    return k * k_scale[..., None].astype(dtype), v * v_scale[..., None].astype(dtype)
 
 
 def attend_layer(
@@ -136,25 +142,26 @@ def attend_layer(
     layer: int,
     start: Int[Array, " B"],
     attend: int | None = None,
-    rows: Int[Array, " B"] | None = None,
+    table: Int[Array, "B n"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attends queries at positions start.. of each row to the cached keys up to their own.
+    """Attends queries at positions start.. of each sequence to the cached keys up to their own.
 
     Where the kernel of a Hopper GPU or of the CPU serves, it reads the cache in place and as far as
-    each row is filled; else the first `attend` positions are read out as one matrix.
+    each sequence is filled; else the first `attend` positions are read out as one matrix. What
+    comes of a sequence without blocks is of no use.
     """
     if cache_blocks.attends(q, cache.k[layer]):
-        _check_whole(rows)
-        return cache_blocks.attend(q, cache.k[layer], cache.v[layer], start, attend)
+        blocks = _readable(_whole(table, len(start)))
+        return cache_blocks.attend(q, cache.k[layer], cache.v[layer], start, attend, blocks)
     if _on_cpu() and serves(q, cache.k[layer].dtype):
         scales = {}
         if cache.k_scale:
             scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
-        table = _rows(rows, q.shape[0])[:, None]  # a row is one block
-        lengths = start + q.shape[1]
-        return paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, **scales)
-    _check_whole(rows)
-    k, v = read_layer(cache, layer, attend, q.dtype)
+        blocks = _whole(table, len(start))
+        lengths = jnp.where(blocks[:, 0] < 0, 0, start + q.shape[1])
+        where = _readable(blocks), lengths
+        return paged_attention(q, cache.k[layer], cache.v[layer], *where, **scales)
+    k, v = read_layer(cache, layer, table, attend, q.dtype)
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=start.dtype)[None, :]
     keys = jnp.arange(k.shape[1], dtype=start.dtype)
     return attention(q, k, v, keys[None, None, :] <= positions[:, :, None])
@@ -163,7 +170,7 @@ def attend_layer(
 def in_place(cfg: ModelConfig, dtype) -> bool:
     """Whether the CPU kernels read and write a cache of `dtype` where it is, and only what is used.
 
-    Then one compiled program serves any length, and any rows of the cache.
+    Then one compiled program serves any length.
     """
     q = jax.ShapeDtypeStruct((1, 1, cfg.num_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
     dtype = jnp.dtype(dtype)
@@ -175,21 +182,24 @@ def _on_cpu() -> bool:
 
 
 def _places(
-    cache: KVCache, rows: Array | None, start: Int[Array, " B"], tokens: int
+    cache: KVCache, table: Array | None, start: Int[Array, " B"], tokens: int
 ) -> Int[Array, "B T"]:
-    """Positions of the cache, counted through its rows; -1 behind the end of a row."""
+    """Positions of the cache, counted through its blocks; -1 where a sequence has no block."""
+    table, C = _whole(table, len(start)), cache.block
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None]
-    first = cache.length * _rows(rows, len(start))[:, None]
-    return jnp.where(positions < cache.length, first + positions, -1)
+    column = positions // C
+    block = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
+    there = (column < table.shape[1]) & (block >= 0)
+    return jnp.where(there, block * C + positions % C, -1)
 
 
-def _check_whole(rows: Array | None) -> None:
-    if rows is not None:
-        raise ValueError("rows of the cache can be chosen only where `in_place` says so.")
+def _whole(table: Array | None, batch: int) -> Int[Array, "B n"]:
+    return jnp.arange(batch, dtype=jnp.int32)[:, None] if table is None else table
 
 
-def _rows(rows: Array | None, batch: int) -> Array:
-    return jnp.arange(batch, dtype=jnp.int32) if rows is None else rows
+def _readable(table: Array) -> Array:
+    """Where there is no block, padding reads a sequence's first: what is there is its own."""
+    return jnp.where(table < 0, jnp.maximum(table[:, :1], 0), table)
 
 
 def _set(items: tuple, index: int, value) -> tuple:

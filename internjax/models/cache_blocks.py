@@ -1,7 +1,7 @@
-"""A cache of whole rows as Hopper's kernels see it: blocks of 64 positions, in order.
+"""A cache as Hopper's kernels see it: blocks of 64 positions.
 
-Position c of row b is place b C + c of the pool, whether it is cut into rows or into blocks:
-nothing is copied. Knows the arrays of one layer; `cache.py` asks it first.
+Longer blocks are several of these in order; nothing is copied. Knows the arrays of one layer;
+`cache.py` asks it first.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from internjax.kernels.platform import choose, not_for_hopper
 BLOCK = 64
 
 
-def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> bool:
+def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K H"]) -> bool:
     """Whether the kernel attends such queries to a cache; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.decode_attention import why_not  # a second that only GPUs pay
@@ -23,7 +23,7 @@ def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> bo
     return _chosen("attention to the cache", why)
 
 
-def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> bool:
+def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K H"]) -> bool:
     """Whether the kernel rotates such queries and keys and writes these; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.rope_write import why_not
@@ -34,27 +34,32 @@ def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "rows C K H"]) -> boo
 
 def attend(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "rows C K H"],
-    values: Float[Array, "rows C K H"],
+    keys: Float[Array, "P C K H"],
+    values: Float[Array, "P C K H"],
     start: Int[Array, " B"],
     bound: int | None = None,
+    table: Int[Array, "B n"] | None = None,
     *,
     interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
-    """Attends queries at positions start.. of each row to the keys up to their own.
+    """Attends queries at positions start.. of each sequence to the keys up to their own.
 
     Args:
-      bound: positions that hold all of them; None is C.
+      bound: positions that hold all of them; None is all there are.
+      table: the blocks of each sequence in order; None gives each one block, its row.
     """
     from internjax.kernels.gpu.decode_attention import decode_attention
 
-    B, C = keys.shape[:2]
-    table = jnp.arange(B * C // BLOCK, dtype=jnp.int32).reshape(B, -1)
-    table = table[:, : -(-(bound or C) // BLOCK)]
-    # A free slot counts on behind its row; what it attends to is of no use, but must be there.
-    lengths = jnp.minimum(start + q.shape[1], table.shape[1] * BLOCK)
+    parts = keys.shape[1] // BLOCK
+    if table is None:
+        table = jnp.arange(len(q), dtype=jnp.int32)[:, None]
+    first = table[:, :, None] * parts
+    small = (first + jnp.arange(parts, dtype=jnp.int32)[None, None]).reshape(len(q), -1)
+    small = small[:, : -(-bound // BLOCK) if bound else None]
+    # What a free slot attends to is of no use, but must be there.
+    lengths = jnp.minimum(start + q.shape[1], small.shape[1] * BLOCK)
     how = {"implementation": "pallas", "interpret": interpret}
-    return decode_attention(q, _pool(keys, values), table, lengths, **how)
+    return decode_attention(q, _pool(keys, values), small, lengths, **how)
 
 
 def rotate_and_write(
@@ -63,8 +68,8 @@ def rotate_and_write(
     v: Float[Array, "B T K H"],
     angle: Float[Array, "B T half"],
     factor: float,
-    keys: Float[Array, "rows C K H"],
-    values: Float[Array, "rows C K H"],
+    keys: Float[Array, "P C K H"],
+    values: Float[Array, "P C K H"],
     places: Int[Array, "B T"],
     *,
     interpret: Any = None,
@@ -84,7 +89,7 @@ def _chosen(what: str, why: str | None) -> bool:
 
 def _no_blocks(keys: Array) -> str | None:
     if keys.shape[1] % BLOCK:
-        return f"a cache of {keys.shape[1]} positions; legal are multiples of {BLOCK}."
+        return f"blocks of {keys.shape[1]} positions; legal are multiples of {BLOCK}."
     return None
 
 

@@ -176,17 +176,18 @@ def decode(
     *,
     inv_freq: Array | None = None,
     attend: int | None = None,
-    rows: Int[Array, " B"] | None = None,
+    table: Int[Array, "B n"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs tokens at positions start..start+T-1, writing and reading the cache.
 
-    T = 1 is a decoding step, T > 1 a piece of a prompt. Padding behind a row's real tokens is
+    T = 1 is a decoding step, T > 1 a piece of a prompt. Padding behind a sequence's real tokens is
     harmless: nothing earlier sees it and later tokens overwrite it.
 
     Args:
-      start: `[B]` positions already in the cache of each row.
+      start: `[B]` positions of each sequence that are in the cache already.
       attend: static bound on the cache positions read; must exceed every position run.
-      rows: of the cache, that the tokens belong to; only where `cache.in_place`. Default: all.
+      table: blocks of the cache that hold each sequence; -1 for none, whose tokens are not kept.
+        Default: one block each, in order.
 
     Returns: the normed states `[B, T, D]` before the head, and the cache with the new tokens.
     """
@@ -197,8 +198,8 @@ def decode(
     x = embed(params, tokens, cfg)
     for i, w in enumerate(params["layers"]):
         q, k, v = _qkv(x, w, cfg)
-        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start, rows)
-        x, _ = _finish(x, attend_layer(q, cache, i, start, attend, rows), w, cfg)
+        q, cache = rotate_and_write(cache, i, q, k, v, angle, factor, start, table)
+        x, _ = _finish(x, attend_layer(q, cache, i, start, attend, table), w, cfg)
     return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
 
 

@@ -103,6 +103,16 @@ class BlockPool:
         if block not in self._key_of and key not in self._block_of:
             self._block_of[key], self._key_of[block] = block, key
 
+    def unname(self, blocks: Sequence[int]) -> None:
+        """Takes the names off held blocks whose content is not to be found by others."""
+        for block in blocks:
+            self._check_held(block)
+            self._block_of.pop(self._key_of.pop(block, b""), None)
+
+    def holders(self, block: int) -> int:
+        """Returns how many sequences hold a block."""
+        return self._holders.get(block, 0)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Lets go of a sequence's blocks, given in their order.
 

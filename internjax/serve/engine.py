@@ -6,104 +6,31 @@ while the host turns ids into text. A slot under a grammar needs its last token 
 mask, so its presence makes the round read first. Knows nothing of HTTP, chats or threads.
 """
 
+import hashlib
 import itertools
-import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from internjax.errors import UserError
-from internjax.kernels.cpu.library import available
-from internjax.kernels.cpu.matmul import ACTIVATIONS
-from internjax.kernels.platform import not_for_hopper, target
 from internjax.models import rope
-from internjax.models.cache import in_place
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
-from internjax.serve import slots as device
+from internjax.serve.blocks import BlockPool
+from internjax.serve.budget import count_blocks
+from internjax.serve.config import EngineConfig, EngineStats
 from internjax.serve.grammar import Grammars
+from internjax.serve.prepare import prepare_params
+from internjax.serve.programs import CHUNKS, Piece, Programs
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
-from internjax.serve.scheduler import (
-    Delta,
-    IdLogprob,
-    Request,
-    Scheduler,
-    attend_buckets,
-    pick_bucket,
-)
+from internjax.serve.scheduler import Delta, IdLogprob, Request, Scheduler
 from internjax.serve.text import TextStream
-from internjax.tree import Params, unstack_layers
-from internjax.weights import QuantWeight, packed, plain, turned
-
-log = logging.getLogger(__name__)
-
-CHUNKS = (32, 64, 128)
-"""Lengths of prompt pieces that programs are compiled for."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much runs at once, and in what precision.
-
-    Fields:
-      slots: requests decoded together; every step has this shape whoever is there.
-      context: positions a slot holds, prompt and answer together; 0 is the model's, at most 2048.
-      kv_dtype: "float32", "bfloat16" or "int8" (a scale per token and head).
-      max_waiting: requests that may wait for a slot before new ones are refused.
-      prefill_tokens: prompt tokens prefilled between two decoding steps.
-      weights: "keep" computes with quantized or adapted weights as they are, "expand" turns them
-        into plain float arrays once, "pack" lays integers out for the CPU kernels, "turn" for those
-        of Hopper GPUs. "auto" packs or turns where those run; on a CPU without them it expands, for
-        unpacking at every step costs more than reading the floats.
-      activations: what products with packed weights round their activations to: "int8" by groups,
-        "bf16", or "f32" for none.
-    """
-
-    slots: int = 16
-    context: int = 0
-    kv_dtype: str = "float32"
-    max_waiting: int = 256
-    prefill_tokens: int = 256
-    weights: str = "auto"
-    activations: str = "int8"
-
-    def __post_init__(self):
-        for name in ("slots", "max_waiting", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        if self.kv_dtype not in ("float32", "bfloat16", "int8"):
-            raise UserError(f"kv_dtype={self.kv_dtype!r}: legal are float32, bfloat16, int8.")
-        if self.weights not in ("auto", "keep", "expand", "pack", "turn"):
-            raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand, pack, turn.")
-        if self.activations not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise UserError(f"activations={self.activations!r}: legal are {names}.")
-        if self.weights == "pack" and not available():
-            raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")
-        if self.weights == "turn" and (why := not_for_hopper()):
-            raise UserError(f"weights=turn is for the GPU kernels: {why}")
-
-
-@dataclass
-class EngineStats:
-    """Counters since the start, for /metrics and benchmarks."""
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    steps: int = 0
-    max_in_flight: int = 0
-    programs: int = 0
+from internjax.tree import Params
 
 
 class Engine:
@@ -117,17 +44,16 @@ class Engine:
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
         self.params = prepare_params(model.params, config, model.cfg.dtype)
-        self.scheduler = Scheduler(config.slots, config.max_waiting)
-        self.stats = EngineStats()
+        pool = BlockPool(count_blocks(config, model.cfg, self.context))
+        self.scheduler = Scheduler(config.slots, config.max_waiting, pool, config.block)
+        self.stats = EngineStats(blocks=pool.total)
         self.grammars = Grammars(model.tokenizer, model.cfg.vocab_size)
         self.work = threading.Condition()
         self._ids = itertools.count(1)
-        whole = in_place(self.cfg, config.kv_dtype)
-        self._attends = (self.context,) if whole else attend_buckets(self.context)
-        self._programs: set[tuple] = set()
-        self._pending: deque[tuple[Sampled, list[Request]]] = deque()
-        self._words = -(-model.cfg.vocab_size // 32)
-        self._reset_device()
+        self._version = 0
+        self._pending: deque[tuple[Sampled, list[Piece]]] = deque()
+        sizes = self.context, pool.total
+        self.programs = Programs(self.cfg, config, self.params, *sizes, self.stats)
 
     # Called from any thread -------------------------------------------------------------------
 
@@ -150,6 +76,7 @@ class Engine:
           QueueFull: too many are waiting.
         """
         self._check(prompt, params)
+        freq = self._inv_freq(len(prompt) + params.max_tokens)
         request = Request(
             id=next(self._ids),
             prompt=tuple(prompt),
@@ -158,6 +85,8 @@ class Engine:
             emit=emit,
             text=TextStream(self.tokenizer, params.stop, prompt[-1] if continues else None),
             matcher=self.grammars.matcher(params.grammar) if params.grammar else None,
+            freq=freq,
+            salt=self._salt(freq),
         )
         with self.work:
             self.scheduler.add(request)
@@ -199,13 +128,16 @@ class Engine:
         if not running and not self._pending:
             return False
         self._prefill_some()
-        batch = self.scheduler.to_decode()
-        if any(r.matcher for r in batch):
+        if any(r.matcher for r in self.scheduler.to_decode()):
             self._read(keep=0)
-            batch = self.scheduler.to_decode()
-        if batch:
-            self._dispatch(batch)
-        self._read(keep=1 if batch else 0)
+        pieces = self._decoding()
+        if self.programs.one_way:
+            pieces += self._prompts(self.programs.sizes[-1] - len(pieces))
+        if pieces:
+            self._pending.append((self.programs.step(self.params, pieces), pieces))
+            self.stats.steps += 1
+        self._read(keep=1 if pieces else 0)
+        self._count_blocks()
         return True
 
     def fail_all(self, error: str) -> None:
@@ -216,52 +148,102 @@ class Engine:
         self._pending.clear()
         for request in self.scheduler.running():
             self._finish(request, "error", error=error)
-        self._reset_device()
+        self.scheduler.pool.forget()
+        self.programs.reset()
+        self._count_blocks()
+
+    def set_params(self, params: Params) -> None:
+        """Takes other weights for the steps to come, as reinforcement learning hands them over.
+
+        Requests that run go on with them over keys and values of the old ones; what was cached of
+        others is forgotten.
+
+        Args:
+          params: a tree like the one that the engine was made with.
+        """
+        self.params = prepare_params(params, self.config, self.cfg.dtype)
+        self._version += 1
+        with self.work:
+            self.scheduler.pool.forget()
 
     def warm_up(self) -> list[str]:
         """Compiles every program ahead of the first request; returns their names."""
         assert not self.in_flight(), "warm_up needs an idle engine"
-        zero, freq = jnp.int32(0), self._inv_freq(1)
-        for attend in self._attends:
-            for size in (c for c in CHUNKS if c <= attend):
-                self._run_prefill(0, np.zeros(size, np.int32), 0, 1, freq, attend)
-            self._run_step(np.zeros(self.config.slots, bool), None, attend)
-        for params in (SamplingParams(), SamplingParams(logit_bias={0: 0.0})):
-            self._run_seat(0, zero, zero, freq, self._row(params, (0,), 0))
-        jax.block_until_ready(self._slots)
-        return sorted(" ".join(map(str, p)) for p in self._programs)
+        asked = (SamplingParams(), SamplingParams(logit_bias={0: 0.0}))
+        rows = [self._row(params, (0,), (), 0) for params in asked]
+        return self.programs.warm_up(self.params, rows)
 
     def _prefill_some(self) -> None:
-        """Prefills up to `prefill_tokens` of the oldest prompts; seats those that are complete."""
-        budget = self.config.prefill_tokens
+        """Prefills the oldest prompts as far as the budgets go; seats those that are complete."""
+        tokens, attended = self.config.prefill_tokens, self.config.attend_tokens or 2**62
+        full = False  # who came later does not take the blocks that an older one waits for
         for request in self.scheduler.to_seat():
-            freq = self._inv_freq(len(request.prompt) + request.params.max_tokens)
-            while request.to_prefill and budget > 0:
-                budget -= self._prefill_piece(request, freq)
+            if not request.blocks:
+                full = full or not self._start(request)
+                if full:
+                    continue
+            waits = self.programs.one_way  # for `_prompts`
+            while request.to_prefill and tokens > 0 and attended > 0 and not waits:
+                size = self.programs.prefill(self.params, request)
+                self.scheduler.name_full(request, request.prefilled)
+                tokens, attended = tokens - size, attended - size * request.prefilled
             if not request.to_prefill:
-                self._seat(request, freq)
-            if budget <= 0:
+                self._seat(request)
+            if tokens <= 0 or attended <= 0:
                 return
 
-    def _prefill_piece(self, request: Request, freq: np.ndarray) -> int:
-        size = pick_bucket(request.to_prefill, CHUNKS)
-        start, count = request.prefilled, min(size, request.to_prefill)
-        tokens = np.zeros(size, np.int32)
-        tokens[:count] = request.prompt[start : start + count]
-        attend = pick_bucket(start + size, self._attends)
-        if start + size > attend:  # a padded piece would stick out of the last bucket
-            size, tokens = count, tokens[:count]
-        self._run_prefill(request.slot, tokens, start, count, freq, attend)
-        request.prefilled += count
-        return size
+    def _start(self, request: Request) -> bool:
+        with self.work:
+            started = self.scheduler.start(request, reuse=self.config.prefix_cache)
+        self.stats.prefix_tokens += request.reused if started else 0
+        return started
 
-    def _seat(self, request: Request, freq: np.ndarray) -> None:
-        row = self._row(request.params, request.prompt, request.seed)
-        length, token = len(request.prompt) - 1, request.prompt[-1]
-        self._run_seat(request.slot, np.int32(length), np.int32(token), freq, row)
+    def _seat(self, request: Request) -> None:
+        row = self._row(request.params, request.prompt, request.output, request.seed)
+        self.programs.seat(request.slot, row)
         request.seated = True
 
-    def _row(self, params: SamplingParams, prompt: Sequence[int], seed: int) -> dict:
+    def _decoding(self) -> list[Piece]:
+        """Returns what the next step runs, every token of it with room in the cache.
+
+        Where blocks run out the youngest request gives its own back.
+        """
+        for request in self.scheduler.to_decode():
+            while request.slot is not None and not self._grow(request):
+                if self._pending:  # some may end by what is on its way; all tokens must be known
+                    self._read(keep=0)
+                    continue
+                with self.work:
+                    self.scheduler.preempt(self.scheduler.youngest())
+                self.stats.preempted += 1
+        pieces = []
+        for request in self.scheduler.to_decode():
+            known = request.dispatched == len(request.output)
+            token = request.tokens[-1] if known else -1
+            pieces.append(Piece(request, (token,), request.length))
+            request.dispatched += 1
+        return pieces
+
+    def _prompts(self, room: int) -> list[Piece]:
+        """Returns tokens of the oldest prompts for the rows of a step that are left over."""
+        pieces = []
+        for request in self.scheduler.to_seat():
+            count = min(room, request.to_prefill) if request.blocks else 0
+            if count:
+                start = request.prefilled
+                tokens = request.tokens[start : start + count]
+                pieces.append(Piece(request, tokens, start, chooses=False))
+                request.prefilled, room = start + count, room - count
+                self.scheduler.name_full(request, request.prefilled)
+        return pieces
+
+    def _grow(self, request: Request) -> bool:
+        with self.work:
+            return self.scheduler.grow(request, request.length + 1)
+
+    def _row(
+        self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], seed: int
+    ) -> dict:
         row = scalars(params, seed)
         if adjusts(params):
             row["in_prompt"] = np.zeros(self.cfg.vocab_size, bool)
@@ -269,45 +251,27 @@ class Engine:
             row["bias"] = np.zeros(self.cfg.vocab_size, np.float32)
             for token, value in (params.logit_bias or {}).items():
                 row["bias"][token] = value
+            size = self.cfg.vocab_size
+            row["counts"] = np.bincount(np.asarray(output, int), minlength=size).astype(np.int32)
         return row
-
-    def _dispatch(self, batch: list[Request]) -> None:
-        active = np.zeros(self.config.slots, bool)
-        active[[r.slot for r in batch]] = True
-        attend = pick_bucket(1 + max(r.length for r in batch), self._attends)
-        out = self._run_step(active, self._masks(batch), attend)
-        for request in batch:
-            request.dispatched += 1
-        self._pending.append((out, batch))
-        self.stats.steps += 1
-
-    def _masks(self, batch: list[Request]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the packed token masks of the slots under a grammar; None when there are none."""
-        constrained = [r for r in batch if r.matcher]
-        if not constrained:
-            return None
-        words = np.zeros((self.config.slots, self._words), np.uint32)
-        masked = np.zeros(self.config.slots, bool)
-        for request in constrained:
-            request.matcher.fill(words[request.slot])
-            masked[request.slot] = True
-        return words, masked
 
     def _read(self, keep: int) -> None:
         """Reads back dispatched steps, oldest first, but leaves `keep` of them running."""
         while len(self._pending) > keep:
-            out, batch = self._pending.popleft()
+            out, pieces = self._pending.popleft()
             tokens, finite = np.asarray(out.token), np.asarray(out.finite)
-            asked = any(r.params.logprobs is not None for r in batch)
+            asked = any(p.request.params.logprobs is not None for p in pieces)
             rivals = jax.device_get((out.logprob, out.top_ids, out.top_logprobs)) if asked else None
-            for request in batch:
-                if request.finish_reason:  # ended while this step was on its way
+            for piece in pieces:
+                request, row = piece.request, piece.row
+                if (
+                    request.finish_reason or not piece.chooses
+                ):  # ended while this step was on its way
                     continue
-                slot = request.slot
-                if not finite[slot]:
+                if not finite[row]:
                     self._poisoned(request)
                 else:
-                    self._take(request, int(tokens[slot]), _logprob(request, tokens, rivals))
+                    self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
 
     def _take(self, request: Request, token: int, logprob: IdLogprob | None) -> None:
         """Books one new token of a request and tells its owner."""
@@ -315,6 +279,9 @@ class Engine:
             request.first_token_seconds = time.monotonic()
         request.output.append(token)
         self.stats.output_tokens += 1
+        cached = len(request.prompt) + len(request.output) - 1
+        if cached % self.config.block == 0:
+            self.scheduler.name_full(request, cached)
         news = {"tokens": (token,), "logprobs": (logprob,) if logprob else ()}
         if token in self.tokenizer.eos_ids and not request.params.ignore_eos:
             self._finish(request, "stop", text=request.text.flush(), **news)
@@ -339,7 +306,11 @@ class Engine:
 
     def _poisoned(self, request: Request) -> None:
         """Fails a request whose logits are NaN or infinite, and cleans what it left behind."""
-        self._slots = device.wipe(self._slots, np.int32(request.slot))
+        with self.work:
+            left = self.scheduler.discard(request)
+        for block in left:
+            self.programs.wipe(block)
+        self.stats.poisoned += 1
         message = f"the model's logits became NaN or infinite after {len(request.output)} tokens"
         self._finish(request, "error", error=message)
 
@@ -347,48 +318,15 @@ class Engine:
         for request in [r for r in self.scheduler.all() if r.cancelled]:
             self._finish(request, "cancelled")
 
-    # Programs ---------------------------------------------------------------------------------
+    def _count_blocks(self) -> None:
+        pool = self.scheduler.pool
+        self.stats.held_blocks, self.stats.cached_blocks = pool.held, pool.cached
 
-    def _reset_device(self) -> None:
-        config = self.config
-        self._slots = device.init_slots(self.cfg, config.slots, self.context, config.kv_dtype)
-        self._no_mask = (
-            jnp.zeros((config.slots, self._words), jnp.uint32),
-            jnp.zeros(config.slots, bool),
-        )
-
-    def _run_prefill(self, slot, tokens, start, count, freq, attend) -> None:
-        self._meet("prefill", len(tokens), attend)
-        self._slots = device.prefill(
-            self.params,
-            self._slots,
-            np.int32(slot),
-            tokens,
-            np.int32(start),
-            np.int32(count),
-            freq,
-            cfg=self.cfg,
-            attend=attend,
-        )
-
-    def _run_seat(self, slot, length, token, freq, row) -> None:
-        self._meet("seat", len(row))
-        self._slots = device.seat(self._slots, np.int32(slot), length, token, freq, row)
-
-    def _run_step(self, active, masks, attend) -> Sampled:
-        self._meet("step", attend)
-        words, masked = masks or self._no_mask
-        self._slots, out = device.step(
-            self.params, self._slots, active, words, masked, cfg=self.cfg, attend=attend
-        )
-        return out
-
-    def _meet(self, *program) -> None:
-        """Counts the programs in use: a new one after the warm-up means a compilation."""
-        if program not in self._programs:
-            self._programs.add(program)
-            self.stats.programs = len(self._programs)
-            log.info("compiling %s", " ".join(map(str, program)))
+    def _salt(self, freq: np.ndarray) -> bytes:
+        """Names all that keys and values depend on besides the tokens before them."""
+        digest = hashlib.blake2b(freq.tobytes(), digest_size=16)
+        digest.update(f"{self._version} {self.config.kv_dtype}".encode())
+        return digest.digest()
 
     def _inv_freq(self, length: int) -> np.ndarray:
         return rope.inv_freq(self.cfg, min(length, self.context)).astype(np.float32)
@@ -404,37 +342,6 @@ class Engine:
         _check_ids("logit_bias", params.logit_bias or (), self.cfg.vocab_size)
         if params.logprobs is not None and not 0 <= params.logprobs <= TOP_LOGPROBS:
             raise UserError(f"logprobs={params.logprobs}: it must lie in 0..{TOP_LOGPROBS}.")
-
-
-def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
-    """Returns the tree that decoding wants, its weights packed or expanded as `config` says.
-
-    Layers become one dict each; packed weights stay one stack that the dicts share.
-    """
-    how = config.weights
-    if how == "auto" and target().platform == "cpu":
-        how = "pack" if available() else "expand"
-    if how == "auto" and not_for_hopper() is None:
-        how = "turn"
-    if how == "expand":
-        special = [x for x in jax.tree.leaves(params, is_leaf=_is_weight) if _is_weight(x)]
-        if special:
-            log.info("expanding %d packed or adapted weights to %s", len(special), dtype)
-        expand = lambda x: plain(x, jnp.dtype(dtype)) if _is_weight(x) else x  # noqa: E731
-        params = jax.tree.map(expand, params, is_leaf=_is_weight)
-    elif how == "pack":
-        fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
-        params = jax.tree.map(fit, params, is_leaf=_is_weight)
-    elif how == "turn":
-        integers = lambda x: isinstance(x, QuantWeight)  # noqa: E731
-        turn = jax.jit(turned)  # in passing: the nibbles by themselves are four times as much
-        fit = lambda x: turn(x) if integers(x) else x  # noqa: E731
-        params = jax.tree.map(fit, params, is_leaf=integers)
-    return unstack_layers(params)
-
-
-def _is_weight(x) -> bool:
-    return not isinstance(x, (dict, tuple, jax.Array, np.ndarray))
 
 
 def _context(config: EngineConfig, model: Model) -> int:
@@ -459,11 +366,11 @@ def _seed(params: SamplingParams) -> int:
     return int.from_bytes(os.urandom(4)) if params.seed is None else params.seed % 2**32
 
 
-def _logprob(request: Request, tokens: np.ndarray, rivals) -> IdLogprob | None:
+def _logprob(request: Request, row: int, tokens: np.ndarray, rivals) -> IdLogprob | None:
     if request.params.logprobs is None:
         return None
     logprob, top_ids, top_logprobs = rivals
-    slot, wanted = request.slot, request.params.logprobs
-    pairs = zip(top_ids[slot, :wanted], top_logprobs[slot, :wanted], strict=True)
+    wanted = request.params.logprobs
+    pairs = zip(top_ids[row, :wanted], top_logprobs[row, :wanted], strict=True)
     top = tuple((int(i), float(x)) for i, x in pairs)
-    return IdLogprob(int(tokens[slot]), float(logprob[slot]), top)
+    return IdLogprob(int(tokens[row]), float(logprob[row]), top)

@@ -101,20 +101,24 @@ def adjusts(params: SamplingParams) -> bool:
 
 
 def sample(
-    logits: Float[Array, "S V"],
-    state: Sampling,
-    position: Int[Array, " S"],
-    mask: UInt32[Array, "S W"],
-    masked: Bool[Array, " S"],
+    logits: Float[Array, "R V"],
+    slots: Sampling,
+    slot: Int[Array, " R"],
+    position: Int[Array, " R"],
+    mask: UInt32[Array, "R W"],
+    masked: Bool[Array, " R"],
 ) -> Sampled:
-    """Chooses a token for every slot.
+    """Chooses a token for every row.
 
     Args:
+      slot: whose parameters a row follows.
       position: index of the new token in its request; with the seed it decides the randomness.
       mask: bit b of word w allows token 32 w + b; looked at where `masked`.
     """
+    # Tables are gathered only where they are looked at: at 16 x 49152 that takes a millisecond.
+    state = jax.tree.map(lambda x: x[slot] if x.ndim == 1 else x, slots)
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen_from = lax.cond(state.adjusts.any(), _adjust, lambda x, _: x, logits, state)
+    chosen_from = lax.cond(state.adjusts.any(), _adjust, lambda x, *_: x, logits, state, slot)
     chosen_from = lax.cond(masked.any(), _apply_mask, lambda x, *_: x, chosen_from, mask, masked)
     greedy = first_max(chosen_from)
     token = lax.cond(
@@ -143,15 +147,15 @@ def _num_top(logits: Array) -> int:
     return min(TOP_LOGPROBS, logits.shape[-1])
 
 
-def _adjust(logits: Array, state: Sampling) -> Array:
-    """Adds biases and takes penalties off, where a slot asked for them."""
-    x = logits + state.bias
-    seen = state.in_prompt | (state.counts > 0)
+def _adjust(logits: Array, state: Sampling, slot: Array) -> Array:
+    """Adds biases and takes penalties off, where a row asked for them."""
+    bias, in_prompt, counts = (x[slot] for x in (state.bias, state.in_prompt, state.counts))
+    x = logits + bias
+    seen = in_prompt | (counts > 0)
     repetition = state.repetition[:, None]
     x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
-    counts = state.counts.astype(x.dtype)
-    x = x - counts * state.frequency[:, None]
-    x = x - jnp.where(state.counts > 0, state.presence[:, None], jnp.zeros((), x.dtype))
+    x = x - counts.astype(x.dtype) * state.frequency[:, None]
+    x = x - jnp.where(counts > 0, state.presence[:, None], jnp.zeros((), x.dtype))
     return jnp.where(state.adjusts[:, None], x, logits)
 
 

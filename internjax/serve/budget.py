@@ -1,0 +1,46 @@
+"""How many blocks of keys and values fit where they have to."""
+
+import os
+
+import jax
+
+from internjax.errors import UserError
+from internjax.models.config import ModelConfig
+from internjax.serve.config import EngineConfig
+
+
+def block_bytes(cfg: ModelConfig, block: int, kv_dtype: str) -> int:
+    """Returns the bytes of one block in all layers; int8 has a float32 scale a token and head."""
+    head = {"float32": 4 * cfg.head_dim, "bfloat16": 2 * cfg.head_dim, "int8": cfg.head_dim + 4}
+    return 2 * block * cfg.num_layers * cfg.num_kv_heads * head[kv_dtype]
+
+
+def count_blocks(config: EngineConfig, cfg: ModelConfig, context: int) -> int:
+    """Returns how many blocks the cache gets; the weights are on the device already.
+
+    A share counts as `cache_max_entry_count` of LMDeploy 0.2.1 and later does: of what is free.
+
+    Raises:
+      UserError: not even one request of full length would fit.
+    """
+    row = -(-context // config.block)
+    if not config.blocks:
+        return config.slots * row
+    count = int(config.blocks)
+    if config.blocks < 1:
+        size = block_bytes(cfg, config.block, config.kv_dtype)
+        count = min(int(config.blocks * free_memory() / size), config.slots * row)
+    if count < row:
+        raise UserError(
+            f"blocks={config.blocks:g} come to {count} of {config.block} positions, but one request"
+            f" of context={context} needs {row}: give more blocks or a shorter context."
+        )
+    return count
+
+
+def free_memory() -> int:
+    """Returns the bytes that are free: of the device where it counts them, else of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

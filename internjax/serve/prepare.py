@@ -1,0 +1,63 @@
+"""The tree that decoding wants: packed, turned or expanded weights, a dict a layer."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internjax.kernels.cpu.library import available
+from internjax.kernels.platform import not_for_hopper, target
+from internjax.serve.config import EngineConfig
+from internjax.tree import Params, unstack_layers
+from internjax.weights import PackedWeight, QuantWeight, packed, plain, turned
+
+log = logging.getLogger(__name__)
+
+
+def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
+    """Returns the tree that decoding wants, its weights packed or expanded as `config` says.
+
+    Layers become one dict each; packed weights stay one stack that the dicts share.
+    """
+    how = config.weights
+    if how == "auto" and target().platform == "cpu":
+        how = "pack" if available() else "expand"
+    if how == "auto" and not_for_hopper() is None:
+        how = "turn"
+    if how == "expand":
+        special = [x for x in jax.tree.leaves(params, is_leaf=_is_weight) if _is_weight(x)]
+        if special:
+            log.info("expanding %d packed or adapted weights to %s", len(special), dtype)
+        expand = lambda x: plain(x, jnp.dtype(dtype)) if _is_weight(x) else x  # noqa: E731
+        params = jax.tree.map(expand, params, is_leaf=_is_weight)
+    elif how == "pack":
+        fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
+        params = jax.tree.map(fit, params, is_leaf=_is_weight)
+    elif how == "turn":
+        integers = lambda x: isinstance(x, QuantWeight)  # noqa: E731
+        turn = jax.jit(turned)  # in passing: the nibbles by themselves are four times as much
+        fit = lambda x: turn(x) if integers(x) else x  # noqa: E731
+        params = jax.tree.map(fit, params, is_leaf=integers)
+    return unstack_layers(params)
+
+
+def _is_weight(x) -> bool:
+    return not isinstance(x, (dict, tuple, jax.Array, np.ndarray))
+
+
+def rows_stand_alone(params: Params) -> bool:
+    """Whether no bit of a row depends on the number of rows.
+
+    The CPU kernels see to it for products. XLA's sums over fewer than 512 numbers (those of a norm)
+    are made in another order for some numbers of rows (seen with 32 to 320, jaxlib 0.12.0.1, not
+    with 512 to 6,144).
+    """
+    products = [v for layer in params["layers"] for k, v in layer.items() if _multiplies(k)]
+    products += [params[name] for name in ("embed", "head") if name in params]
+    packed_all = all(isinstance(x, PackedWeight) for x in products)
+    return packed_all and params["final_norm"].shape[-1] >= 512
+
+
+def _multiplies(name: str) -> bool:
+    return name.startswith("w") or "expert" in name or "router" in name
