@@ -109,7 +109,8 @@ def _build(model: Model, config: ServeConfig):
     try:
         import uvicorn
 
-        from internjax.serve.openai import Service, make_app
+        from internjax.serve.http.app import make_app
+        from internjax.serve.http.service import Service
     except ModuleNotFoundError as error:
         raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
 
