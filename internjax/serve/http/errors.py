@@ -41,9 +41,10 @@ class ApiError(HTTPException):
 
     def response(self, call: Call) -> JSONResponse:
         """The answer to a call; the error is noted for its log line."""
-        call.error = self.code or KINDS.get(self.status, "")
+        body = self.body(call)
+        call.error = self.code or body["type"]
         headers = {"Retry-After": str(self.retry_seconds)} if self.status in (429, 503) else None
-        return JSONResponse({"error": self.body(call)}, self.status, headers)
+        return JSONResponse({"error": body}, self.status, headers)
 
     def body(self, call: Call) -> dict[str, Any]:
         """The error as JSON, also inside a stream."""
