@@ -32,6 +32,7 @@ def main(raw: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for noisy in ("jax", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log_requests_bare()
     enable_compilation_cache()
 
     from internjax.models.load import load
@@ -45,6 +46,15 @@ def main(raw: DictConfig) -> None:
 
     run_server(model, serve, on_ready=ready)
     print("stopped.", flush=True)
+
+
+def _log_requests_bare() -> None:
+    """Lets a request's line be JSON and nothing else."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests = logging.getLogger("internjax.requests")
+    requests.addHandler(handler)
+    requests.propagate = False
 
 
 if __name__ == "__main__":  # the same program as `internjax serve`

@@ -41,6 +41,9 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("evaluate", ""): Verb("evaluate", ("model",)),
     ("quantize", ""): Verb("quantize", ("model",)),
     ("serve", ""): Verb("serve", ("model",)),
+    ("keys", "new"): Verb("keys", ("name",)),
+    ("keys", "ls"): Verb("keys"),
+    ("keys", "remove"): Verb("keys", ("name",)),
     ("chat", ""): Verb("chat", ("model",), many="prompt"),
     ("agent", ""): Verb("agent", ("model",), many="question"),
     ("plan", "run"): Verb("plan"),
@@ -55,7 +58,7 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("catalog", "info"): Verb("catalog", ("name",)),
     ("catalog", "get"): Verb("catalog", ("name", "prefix")),
 }
-DEFAULT_ACTION = {"data": "run", "catalog": "ls", "plan": "run"}
+DEFAULT_ACTION = {"data": "run", "catalog": "ls", "plan": "run", "keys": "ls"}
 
 # The disk or its rights, not this program: full, over quota, read-only, no right. A missing file
 # is not among them: code that opens what it did not check is a bug, and shows its traceback.

@@ -13,6 +13,10 @@ class AnswerFailed(RuntimeError):
     """The engine could not finish a request; the message says why."""
 
 
+class AnswerCancelled(AnswerFailed):
+    """The request was ended from outside, as a shutdown does."""
+
+
 @dataclass
 class Answer:
     """Gathers the news of one request.
@@ -35,10 +39,12 @@ class Answer:
         """Adds news.
 
         Raises:
-          AnswerFailed: the request ended with an error, or was cancelled by a shutdown.
+          AnswerFailed: the request ended with an error. AnswerCancelled: by a shutdown.
         """
-        if delta.finish_reason in ("error", "cancelled"):
-            raise AnswerFailed(delta.error or "the server is shutting down")
+        if delta.finish_reason == "cancelled":
+            raise AnswerCancelled("the request was cancelled")
+        if delta.finish_reason == "error":
+            raise AnswerFailed(delta.error)
         self.text += delta.text
         self.tokens += delta.tokens
         if not (delta.tokens and delta.tokens[-1] in self.tokenizer.eos_ids):

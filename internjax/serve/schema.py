@@ -142,6 +142,19 @@ class ChatBody(SamplingBody):
         return {"json_schema": form.json_schema.schema_}
 
 
+def one_by_one(given: str | list, name: str) -> list[str | list[int]]:
+    """Returns texts or lists of ids one by one, whichever of the four forms they came in.
+
+    Raises:
+      UserError: there is none.
+    """
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise UserError(f"{name} is an empty list: give at least one.")
+    return given
+
+
 class CompletionBody(SamplingBody):
     prompt: Text | list[Text] | TokenIds | list[TokenIds]
     echo: bool | None = None
@@ -150,17 +163,23 @@ class CompletionBody(SamplingBody):
     suffix: str | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """Returns the prompts one by one, whichever of the four forms they came in.
+        """Returns the prompts one by one."""
+        return one_by_one(self.prompt, "prompt")
 
-        Raises:
-          UserError: there is none.
-        """
-        prompt = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            prompt = [prompt]
-        if not prompt:
-            raise UserError("prompt is an empty list: give at least one prompt.")
-        return prompt
+
+class EmbeddingBody(Body):
+    model: str
+    input: Text | list[Text] | TokenIds | list[TokenIds]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: Any = None
+
+    def texts(self) -> list[str | list[int]]:
+        """Returns the texts one by one."""
+        texts = one_by_one(self.input, "input")
+        if len(texts) > 2048:
+            raise UserError(f"input has {len(texts)} texts; at most 2048 are taken at once.")
+        return texts
 
 
 class TokenizeBody(Body):
@@ -173,3 +192,9 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     model: str | None = None
     tokens: TokenIds
+
+
+class EncodeBody(Body):
+    input: Text | Annotated[list[Text], Field(max_length=2048)]
+    do_preprocess: bool = False
+    add_bos: bool = True

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from internjax.errors import Missing, UserError
 from internjax.models.load import Model
 from internjax.serve.engine import Engine, EngineConfig
+from internjax.serve.keys import Keys
 from internjax.serve.thread import EngineThread
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,14 @@ class ServeConfig:
       port: 0 lets the system choose.
       name: the model's name in the API; "" is the config's own.
       api_key: asked of every client when not empty.
+      keys_file: file of `internjax keys`; one of its keys is asked of every client.
+      cors_origins: origins of web pages that may ask from a browser; ("*",) lets all.
+      requests_per_minute, tokens_per_minute: of each key (each address without keys); 0: no limit.
       default_max_tokens: length of a chat answer when the request names none.
+      max_request_tokens: prompt and answers of one request together; 0 sets no limit of its own.
       max_body_bytes: larger requests are refused.
+      max_conversations: sessions, and stored responses, that are kept in memory.
+      log_text: write prompts and answers into the log.
       drain_seconds: how long running requests may finish after a signal to stop.
       warmup: compile every program before the first request.
       engine: slots, context, cache precision, queue.
@@ -37,8 +45,15 @@ class ServeConfig:
     port: int = 8000
     name: str = ""
     api_key: str = ""
+    keys_file: str = ""
+    cors_origins: tuple[str, ...] = ()
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
     default_max_tokens: int = 512
+    max_request_tokens: int = 0
     max_body_bytes: int = 4 << 20
+    max_conversations: int = 1024
+    log_text: bool = False
     drain_seconds: float = 30.0
     warmup: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -46,6 +61,12 @@ class ServeConfig:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise UserError(f"port={self.port}: it must lie in 0..65535, 0 lets the system choose.")
+        for name in ("requests_per_minute", "tokens_per_minute", "max_request_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: give a number, or 0 for no limit.")
+        for name in ("default_max_tokens", "max_body_bytes", "max_conversations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
 
 
 def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
@@ -62,7 +83,7 @@ def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
         if on_ready:
             on_ready(_base_url(listener))
         try:
-            with _stopping_on_signals(server):
+            with _stopping_on_signals(server, engine, config.drain_seconds):
                 server.run(sockets=[listener])
         finally:
             engine.close()
@@ -109,7 +130,7 @@ def _build(model: Model, config: ServeConfig):
     try:
         import uvicorn
 
-        from internjax.serve.openai import Service, make_app
+        from internjax.serve.http.app import make_app
     except ModuleNotFoundError as error:
         raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
 
@@ -119,18 +140,8 @@ def _build(model: Model, config: ServeConfig):
         programs = engine.warm_up()
         log.info("compiled %d programs in %.1f s", len(programs), time.monotonic() - start)
     worker = EngineThread(engine)
-    service = Service(
-        name=config.name or model.cfg.name,
-        engine=worker,
-        tokenizer=model.tokenizer,
-        template=model.template,
-        api_key=config.api_key,
-        max_body_bytes=config.max_body_bytes,
-        default_max_tokens=config.default_max_tokens,
-        created=int(time.time()),
-    )
     options = uvicorn.Config(
-        make_app(service),
+        make_app(_service(model, config, worker), config.cors_origins),
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
         lifespan="off",
@@ -139,17 +150,50 @@ def _build(model: Model, config: ServeConfig):
     return uvicorn.Server(options), worker
 
 
+def _service(model: Model, config: ServeConfig, worker: EngineThread):
+    from internjax.serve.http.limits import Limits
+    from internjax.serve.http.memory import Memory
+    from internjax.serve.http.service import Models, Service
+    from internjax.serve.metrics import Metrics
+
+    return Service(
+        models=Models(config.name or model.cfg.name),
+        engine=worker,
+        tokenizer=model.tokenizer,
+        template=model.template,
+        metrics=Metrics(worker),
+        keys=Keys(Path(config.keys_file) if config.keys_file else None, config.api_key),
+        limits=Limits(config.requests_per_minute, config.tokens_per_minute),
+        sessions=Memory(config.max_conversations),
+        responses=Memory(config.max_conversations),
+        max_body_bytes=config.max_body_bytes,
+        max_request_tokens=config.max_request_tokens,
+        default_max_tokens=config.default_max_tokens,
+        log_text=config.log_text,
+    )
+
+
 @contextlib.contextmanager
-def _stopping_on_signals(server) -> Iterator[None]:
+def _stopping_on_signals(server, engine: EngineThread, drain_seconds: float) -> Iterator[None]:
     """Lets SIGINT and SIGTERM drain the server, and a second one stop it at once.
 
-    uvicorn would raise the signal again after its shutdown, and the engine would die unclosed.
+    While it drains it still listens, so that new requests are told to go elsewhere (503). uvicorn
+    would stop listening, and raise the signal again after its shutdown, with the engine unclosed.
     """
 
-    def stop(number, frame) -> None:
-        server.force_exit = server.should_exit
+    def drain() -> None:
+        log.info("draining: running requests may finish for %g s", drain_seconds)
+        engine.close(drain_seconds)
         server.should_exit = True
 
+    def stop(number, frame) -> None:
+        if stopping:
+            server.force_exit = server.should_exit = True
+        else:
+            stopping.append(threading.Thread(target=drain, name="drain", daemon=True))
+            stopping[0].start()
+
+    stopping: list[threading.Thread] = []
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     server.capture_signals = contextlib.nullcontext
     try:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from internjax.models.lm import SamplingParams
 from internjax.serve.engine import Engine
@@ -28,6 +28,31 @@ class Job:
     continues: bool = False
 
 
+@dataclass
+class Timing:
+    """How long one request took; times are seconds of `time.monotonic`.
+
+    Fields:
+      first: when its first token came, None if none did.
+      finish_reason: see `Delta`.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    finished: float = 0.0
+    tokens: int = 0
+    finish_reason: str = ""
+
+    def take(self, delta: Delta) -> None:
+        """Books news at the moment they come."""
+        now = time.monotonic()
+        if delta.tokens and self.first is None:
+            self.first = now
+        self.tokens += len(delta.tokens)
+        if delta.finish_reason:
+            self.finished, self.finish_reason = now, delta.finish_reason
+
+
 @dataclass(frozen=True)
 class Ticket:
     """Requests submitted together from an event loop, and the queue where their news arrive."""
@@ -37,10 +62,15 @@ class Ticket:
 
 
 class EngineThread:
-    """An engine at work. All methods may be called from any thread."""
+    """An engine at work. All methods may be called from any thread.
+
+    Fields:
+      observers: called in the engine's thread with the `Timing` of every request that has ended.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.observers: list[Callable[[Timing], None]] = []
         self._closing = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -59,7 +89,16 @@ class EngineThread:
         """
         if self.closing:
             raise EngineClosed("the engine is shutting down.")
-        return self.engine.submit(job.prompt, job.params, emit, continues=job.continues)
+        timing = Timing()
+
+        def told(delta: Delta) -> None:
+            timing.take(delta)
+            if delta.finish_reason:
+                for observe in self.observers:
+                    observe(timing)
+            emit(delta)
+
+        return self.engine.submit(job.prompt, job.params, told, continues=job.continues)
 
     def stream(self, job: Job) -> Iterator[Delta]:
         """Yields the news of one request until its last; leaving the loop cancels it."""

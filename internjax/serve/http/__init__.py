@@ -1,0 +1,1 @@
+"""The HTTP faces of an engine: OpenAI's API, and what operators need."""
