@@ -28,6 +28,7 @@ from internjax.models.cache import in_place
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
 from internjax.serve import slots as device
+from internjax.serve.bans import ban_row, request_bans
 from internjax.serve.grammar import Grammars
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
 from internjax.serve.scheduler import (
@@ -156,7 +157,7 @@ class Engine:
             params=params,
             seed=_seed(params),
             emit=emit,
-            text=TextStream(self.tokenizer, params.stop, prompt[-1] if continues else None),
+            text=TextStream.of(self.tokenizer, params, prompt[-1] if continues else None),
             matcher=self.grammars.matcher(params.grammar) if params.grammar else None,
         )
         with self.work:
@@ -263,6 +264,7 @@ class Engine:
 
     def _row(self, params: SamplingParams, prompt: Sequence[int], seed: int) -> dict:
         row = scalars(params, seed)
+        row |= ban_row(request_bans(params, self.tokenizer, len(prompt)))
         if adjusts(params):
             row["in_prompt"] = np.zeros(self.cfg.vocab_size, bool)
             row["in_prompt"][list(prompt)] = True
@@ -297,7 +299,7 @@ class Engine:
         """Reads back dispatched steps, oldest first, but leaves `keep` of them running."""
         while len(self._pending) > keep:
             out, batch = self._pending.popleft()
-            tokens, finite = np.asarray(out.token), np.asarray(out.finite)
+            tokens, finite, allowed = map(np.asarray, (out.token, out.finite, out.allowed))
             asked = any(r.params.logprobs is not None for r in batch)
             rivals = jax.device_get((out.logprob, out.top_ids, out.top_logprobs)) if asked else None
             for request in batch:
@@ -306,6 +308,9 @@ class Engine:
                 slot = request.slot
                 if not finite[slot]:
                     self._poisoned(request)
+                elif not allowed[slot]:
+                    message = "bad_words and the grammar together allow no token here"
+                    self._finish(request, "error", error=message)
                 else:
                     self._take(request, int(tokens[slot]), _logprob(request, tokens, rivals))
 
@@ -316,7 +321,8 @@ class Engine:
         request.output.append(token)
         self.stats.output_tokens += 1
         news = {"tokens": (token,), "logprobs": (logprob,) if logprob else ()}
-        if token in self.tokenizer.eos_ids and not request.params.ignore_eos:
+        is_eos = token in self.tokenizer.eos_ids and not request.params.ignore_eos
+        if is_eos or token in request.params.stop_token_ids:
             self._finish(request, "stop", text=request.text.flush(), **news)
             return
         text = request.text.push(token)
@@ -402,6 +408,8 @@ class Engine:
                 "the prompt or ask for fewer tokens."
             )
         _check_ids("logit_bias", params.logit_bias or (), self.cfg.vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, self.cfg.vocab_size)
+        request_bans(params, self.tokenizer, len(prompt))
         if params.logprobs is not None and not 0 <= params.logprobs <= TOP_LOGPROBS:
             raise UserError(f"logprobs={params.logprobs}: it must lie in 0..{TOP_LOGPROBS}.")
 

@@ -19,7 +19,7 @@ from internjax.models import rope
 from internjax.models.cache import KVCache, in_place, init_cache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
-from internjax.serve.sampling import Sampled, Sampling, init_sampling, sample
+from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
 from internjax.tree import Leaf, Params
 
 
@@ -105,7 +105,8 @@ def seat(
     """Readies a slot for decoding: `length` positions are cached, `token` is fed next.
 
     Args:
-      row: `sampling.scalars` of the request; with `in_prompt` and `bias` `[V]` if it adjusts.
+      row: `sampling.scalars` and `bans.ban_row` of the request; with `in_prompt` and `bias` `[V]`
+        if it adjusts.
     """
     fields = {name: getattr(slots.sampling, name).at[slot].set(x) for name, x in row.items()}
     fields["counts"] = slots.sampling.counts.at[slot].set(0)
@@ -145,13 +146,11 @@ def step(
     )
     logits = unembed(params, states[:, 0], cfg)
     out = sample(logits, slots.sampling, slots.length + 1, mask, masked)
-    rows = jnp.arange(active.shape[0])
-    counts = slots.sampling.counts.at[rows, out.token].add(active.astype(jnp.int32))
     advanced = slots.replace(
         cache=cache,
         length=slots.length + active.astype(jnp.int32),
         token=jnp.where(active, out.token, slots.token),
-        sampling=slots.sampling.replace(counts=counts),
+        sampling=advance(slots.sampling, out.token, active),
     )
     return advanced, out
 
