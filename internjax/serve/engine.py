@@ -29,7 +29,7 @@ from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
 from internjax.serve import slots as device
 from internjax.serve.bans import ban_row, request_bans
-from internjax.serve.grammar import Grammars
+from internjax.serve.grammar import GrammarFailed, Grammars
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
 from internjax.serve.scheduler import (
     Delta,
@@ -94,7 +94,11 @@ class EngineConfig:
 
 @dataclass
 class EngineStats:
-    """Counters since the start, for /metrics and benchmarks."""
+    """Counters since the start, for /metrics and benchmarks.
+
+    `grammar_seconds` is what the engine's thread spent on masks for `grammar_tokens` tokens; steps
+    with a constrained slot also wait for the step before.
+    """
 
     requests: int = 0
     finished: int = 0
@@ -105,6 +109,8 @@ class EngineStats:
     steps: int = 0
     max_in_flight: int = 0
     programs: int = 0
+    grammar_tokens: int = 0
+    grammar_seconds: float = 0.0
 
 
 class Engine:
@@ -201,11 +207,13 @@ class Engine:
             return False
         self._prefill_some()
         batch = self.scheduler.to_decode()
+        masks = None
         if any(r.matcher for r in batch):
             self._read(keep=0)
+            masks = self._masks(self.scheduler.to_decode())
             batch = self.scheduler.to_decode()
         if batch:
-            self._dispatch(batch)
+            self._dispatch(batch, masks)
         self._read(keep=1 if batch else 0)
         return True
 
@@ -273,26 +281,36 @@ class Engine:
                 row["bias"][token] = value
         return row
 
-    def _dispatch(self, batch: list[Request]) -> None:
+    def _dispatch(self, batch: list[Request], masks) -> None:
         active = np.zeros(self.config.slots, bool)
         active[[r.slot for r in batch]] = True
         attend = pick_bucket(1 + max(r.length for r in batch), self._attends)
-        out = self._run_step(active, self._masks(batch), attend)
+        out = self._run_step(active, masks, attend)
         for request in batch:
             request.dispatched += 1
         self._pending.append((out, batch))
         self.stats.steps += 1
 
     def _masks(self, batch: list[Request]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the packed token masks of the slots under a grammar; None when there are none."""
+        """Returns the packed token masks of the slots under a grammar; None when there are none.
+
+        A request whose grammar cannot be followed any further fails alone.
+        """
         constrained = [r for r in batch if r.matcher]
         if not constrained:
             return None
+        started = time.perf_counter()
         words = np.zeros((self.config.slots, self._words), np.uint32)
         masked = np.zeros(self.config.slots, bool)
         for request in constrained:
-            request.matcher.fill(words[request.slot])
-            masked[request.slot] = True
+            slot = request.slot
+            try:
+                request.matcher.fill(words[slot])
+                masked[slot] = True
+            except GrammarFailed as error:
+                self._finish(request, "error", error=f"the grammar cannot be followed: {error}")
+        self.stats.grammar_tokens += len(constrained)
+        self.stats.grammar_seconds += time.perf_counter() - started
         return words, masked
 
     def _read(self, keep: int) -> None:
@@ -326,7 +344,11 @@ class Engine:
             self._finish(request, "stop", text=request.text.flush(), **news)
             return
         text = request.text.push(token)
-        complete = request.matcher is not None and request.matcher.advance(token)
+        try:
+            complete = request.matcher is not None and request.matcher.advance(token)
+        except GrammarFailed as error:
+            self._finish(request, "error", error=f"the grammar cannot be followed: {error}")
+            return
         if request.text.stopped or complete:
             self._finish(request, "stop", text=text + request.text.flush(), **news)
         elif len(request.output) == request.params.max_tokens:
