@@ -339,9 +339,10 @@ class Engine:
         request.output.append(token)
         self.stats.output_tokens += 1
         news = {"tokens": (token,), "logprobs": (logprob,) if logprob else ()}
-        is_eos = token in self.tokenizer.eos_ids and not request.params.ignore_eos
+        ends = request.matcher is not None or not request.params.ignore_eos
+        is_eos = token in self.tokenizer.eos_ids and ends  # a grammar has it at its end only
         if is_eos or token in request.params.stop_token_ids:
-            self._finish(request, "stop", text=request.text.flush(), **news)
+            self._finish(request, "stop", text=request.text.flush(), by_token=True, **news)
             return
         text = request.text.push(token)
         try:

@@ -34,6 +34,7 @@ class Delta:
       tokens: new ids; logprobs: one entry each if asked for.
       finish_reason: None while it runs; "stop", "length", "cancelled" or "error" at the end.
       error: what went wrong, for "error".
+      by_token: whether the last token ended the answer and is no part of its text.
     """
 
     text: str = ""
@@ -41,6 +42,7 @@ class Delta:
     logprobs: tuple[IdLogprob, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    by_token: bool = False
 
 
 @dataclass(eq=False)
