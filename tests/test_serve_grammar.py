@@ -115,3 +115,21 @@ def test_what_cannot_be_enforced_is_refused(engine, grammar, reason):
     with pytest.raises(UserError, match=reason):
         engine.submit([1], SamplingParams(grammar=grammar), [].append)
     assert engine.in_flight() == 0
+
+
+def test_a_grammar_that_grows_too_large_fails_its_request_alone(engine):
+    free = ([1, 2], SamplingParams(max_tokens=10, ignore_eos=True))
+    (alone,), _ = run(engine, [free])
+    # legal to write, but following it takes more states than the library allows
+    huge = SamplingParams(
+        max_tokens=60,
+        grammar={"regex": "((a{1,100}){1,100}){1,100}b"},
+        logit_bias={97: 50.0},
+    )
+    tokens = engine.stats.grammar_tokens
+    requests, news = run(engine, [([5], huge), free])
+    assert requests[0].finish_reason == "error"
+    assert "grammar" in news[0][-1].error
+    assert requests[1].output == alone.output
+    assert engine.stats.grammar_tokens > tokens
+    assert engine.stats.grammar_seconds > 0

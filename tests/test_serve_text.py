@@ -9,9 +9,9 @@ from tests.fakes import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
-def run(text, stop):
+def run(text, stop, **options):
     """Feeds a text byte by byte; returns the pieces and whether it was stopped."""
-    stream = TextStream(TOKENIZER, stop)
+    stream = TextStream(TOKENIZER, stop, **options)
     pieces = []
     for token in TOKENIZER.encode(text, specials=False):
         pieces.append(stream.push(token))
@@ -48,6 +48,33 @@ def test_stream_equals_cutting_the_whole_text(text, stop):
     places = [seen.find(s) for s in stop if s in seen]
     assert stopped == bool(ends)
     assert "".join(pieces) == (seen[: min(places)] if places else text)
+
+
+def cut(data, stop, min_tokens):
+    """The definition over bytes: the first stop completed by token number min_tokens or later."""
+    for end in range(max(1, min_tokens), len(data) + 1):
+        starts = [end - len(s) for s in stop if data[:end].endswith(s)]
+        if starts:
+            return data[: min(starts)], True
+    return data, False
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text("aé书", max_size=14),
+    st.lists(st.text("aé书", min_size=1, max_size=3), max_size=3),
+    st.integers(0, 20),
+)
+def test_stops_count_from_min_tokens_on_and_nothing_is_taken_back(text, stop, least):
+    pieces, stopped = run(text, tuple(stop), min_tokens=least)
+    whole, expected = cut(text.encode(), [s.encode() for s in stop], least)
+    assert stopped == expected
+    assert "".join(pieces) == whole.decode()
+
+
+def test_special_tokens_are_shown_when_asked():
+    stream = TextStream(TOKENIZER, ("<|im_st",), skip_specials=False)
+    assert stream.push(97) + stream.push(258) + stream.flush() == "a<|im_end|>"
 
 
 @pytest.mark.parametrize("token", [256, 257, 258])

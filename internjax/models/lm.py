@@ -31,8 +31,14 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         min_p: drop tokens less likely than this share of the likeliest one, in [0, 1).
+        typical_p: of what is left, keep the tokens whose surprise is nearest to the expected one,
+            up to this share of the probability, in (0, 1]; 1 keeps all (arXiv:2202.00666).
         seed: of this request's randomness; None lets the engine draw one.
         stop: strings that end the text; none of them is part of it.
+        stop_token_ids: tokens that end the text as the end token does, also under `ignore_eos`.
+        min_tokens: no end token, stop token or stop string ends the text before so many tokens.
+        bad_words: may not be written as the tokenizer spells them, at a line's start or after a
+            space; a spelling by other tokens is not seen.
         repetition_penalty: > 1 makes every token already seen less likely (arXiv:1909.05858).
         presence_penalty: subtracted once from the logit of a token generated before.
         frequency_penalty: subtracted from the logit for each time the token was generated.
@@ -40,6 +46,7 @@ class SamplingParams:
         logprobs: likeliest alternatives to report at each position; None reports nothing.
         ignore_eos: generate `max_tokens` whatever comes; for benchmarks.
         grammar: one of {"json_schema": dict}, {"regex": str}, {"choice": [str]}, {"lark": str}.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     max_tokens: int = 128
@@ -47,8 +54,12 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[str, ...] = ()
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -56,6 +67,7 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
     grammar: dict | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self):
         _within("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1")
@@ -63,14 +75,25 @@ class SamplingParams:
         _within("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 keeps all tokens)")
         _within("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _within("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1)")
+        _within("typical_p", self.typical_p, 0 < self.typical_p <= 1, "in (0, 1]")
+        _within(
+            "min_tokens",
+            self.min_tokens,
+            0 <= self.min_tokens <= self.max_tokens,
+            f"in 0..max_tokens (here {self.max_tokens})",
+        )
         _within(
             "repetition_penalty",
             self.repetition_penalty,
             self.repetition_penalty > 0,
             "> 0",
         )
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop={self.stop!r} is one string: give a tuple, ({self.stop!r},).")
+        for name in ("stop", "bad_words"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name}={value!r} is one string: give a tuple, ({value!r},).")
+        if self.min_tokens and self.grammar:
+            raise ValueError("min_tokens: a grammar says itself when its text ends; give one.")
 
 
 def _within(name: str, value: float, legal: bool, rule: str) -> None:

@@ -1,12 +1,13 @@
 """One choice of an answer while it grows, and the JSON that OpenAI's API makes of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from internjax.data.tokenizer import Tokenizer
+from internjax.serve.calls import CallReader
 from internjax.serve.scheduler import Delta, IdLogprob
-from internjax.serve.text import overlap
-from internjax.serve.tools import NO_TOOLS, OPENERS, ToolPlan, read_constrained, read_free
+from internjax.serve.tools import NO_TOOLS, ToolPlan
 
 
 class AnswerFailed(RuntimeError):
@@ -23,8 +24,9 @@ class Answer:
 
     Fields:
       plan: whether tool calls are to be read out of it.
-      text, tokens, logprobs: all so far; the end token has no entry in `logprobs`.
-      sent: letters of the text that a stream has handed out.
+      text, tokens, logprobs: all so far; a token that ended the answer has no entry in `logprobs`.
+      total_logprob: of all tokens, that one too (nats), as far as they were asked for.
+      sent: letters of the words that a stream has handed out.
     """
 
     tokenizer: Tokenizer
@@ -32,8 +34,15 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[IdLogprob] = field(default_factory=list)
+    total_logprob: float = 0.0
     finish_reason: str | None = None
     sent: int = 0
+
+    def __post_init__(self):
+        style = self.plan.style
+        self._reader = CallReader(style, anywhere=self.plan.anywhere) if style else None
+        self._shown: list[int] = []  # letters of arguments handed out, one entry a call
+        self._cut = ""
 
     def take(self, delta: Delta) -> None:
         """Adds news.
@@ -47,40 +56,64 @@ class Answer:
             raise AnswerFailed(delta.error)
         self.text += delta.text
         self.tokens += delta.tokens
-        if not (delta.tokens and delta.tokens[-1] in self.tokenizer.eos_ids):
-            self.logprobs += delta.logprobs
+        self.total_logprob += sum(entry.logprob for entry in delta.logprobs)
+        self.logprobs += delta.logprobs[:-1] if delta.by_token else delta.logprobs
         self.finish_reason = delta.finish_reason
+        if self._reader:
+            self._reader.push(delta.text)
+            self._cut = self._reader.finish() if self.finish_reason else ""
+
+    @property
+    def words(self) -> str:
+        """The text that cannot belong to a tool call any more."""
+        return self._reader.words if self._reader else self.text
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability a token (nats)."""
+        return self.total_logprob / max(1, len(self.tokens))
 
     def newly_certain(self) -> str:
-        """Returns text not handed out yet that cannot belong to a tool call any more."""
-        end = len(self.text)
-        if self.plan.grammar and self.plan.tools:
-            end = 0
-        elif self.plan.style:
-            opener = OPENERS[self.plan.style]
-            at = self.text.find(opener)
-            if self.tokenizer.special_tokens.get(opener) in self.tokens:
-                end = self.sent
-            else:
-                end = at if at >= 0 else end - overlap(self.text, opener)
-        new = self.text[self.sent : end]
-        self.sent = max(self.sent, end)
+        """Returns words not handed out yet."""
+        new = self.words[self.sent :]
+        self.sent += len(new)
         return new
+
+    def new_call_pieces(self) -> list[dict]:
+        """Returns what of the calls was not handed out yet, as OpenAI streams it.
+
+        A call's first piece has its id and name, the others go on with its arguments.
+        """
+        pieces = []
+        for index, call in enumerate(self._reader.calls if self._reader else ()):
+            if index == len(self._shown):
+                self._shown.append(0)
+                function = {"name": call.name, "arguments": ""}
+                pieces.append({"index": index, **call.message(), "function": function})
+            new = call.arguments[self._shown[index] :]
+            if new:
+                self._shown[index] += len(new)
+                pieces.append({"index": index, "function": {"arguments": new}})
+        return pieces
 
     def result(self) -> tuple[str, list[dict], str]:
         """Returns words, tool calls and the finish reason of an answer that has ended.
 
-        A call that was cut off by its length is no call.
+        A call that was cut off, by its length or a stop string, is no call: it stays words.
         """
         assert self.finish_reason, "the answer has not ended"
-        if self.plan.tools and self.finish_reason == "stop":
-            if self.plan.grammar:
-                return "", read_constrained(self.text), "tool_calls"
-            shown = [t for t in self.tokens if t not in self.tokenizer.eos_ids]
-            words, calls = read_free(self.tokenizer.decode(shown), self.plan)
-            if calls:
-                return words, calls, "tool_calls"
-        return self.text, [], self.finish_reason
+        calls = self._reader.calls if self._reader else []
+        made = [call.message() for call in calls if call.complete]
+        reason = "tool_calls" if made and self.finish_reason == "stop" else self.finish_reason
+        return self.words + self._cut, made, reason
+
+
+def best(answers: Sequence[Answer], keep: int) -> list[int]:
+    """Returns the indices of the `keep` answers likeliest a token, best first.
+
+    That is what OpenAI's `best_of` promises ("the highest log probability per token").
+    """
+    return sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob)[:keep]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

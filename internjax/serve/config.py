@@ -79,6 +79,8 @@ class EngineStats:
       prefix_tokens: prompt tokens found in the cache; preempted: times a request had to give its
         blocks back; poisoned: requests failed for NaN or infinite logits.
       programs: compiled shapes in use; recompilations: those met after the warm-up.
+      grammar_seconds: what the engine's thread spent on masks for `grammar_tokens` tokens; steps
+        with a constrained request also wait for the step before.
       blocks, held_blocks, cached_blocks: of the cache, now: all, used by requests, kept for others.
     """
 
@@ -95,6 +97,8 @@ class EngineStats:
     poisoned: int = 0
     programs: int = 0
     recompilations: int = 0
+    grammar_tokens: int = 0
+    grammar_seconds: float = 0.0
     blocks: int = 0
     held_blocks: int = 0
     cached_blocks: int = 0

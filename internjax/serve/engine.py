@@ -21,10 +21,11 @@ from internjax.errors import UserError
 from internjax.models import rope
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
+from internjax.serve.bans import ban_row, request_bans
 from internjax.serve.blocks import BlockPool
 from internjax.serve.budget import count_blocks
 from internjax.serve.config import EngineConfig, EngineStats
-from internjax.serve.grammar import Grammars
+from internjax.serve.grammar import GrammarFailed, Grammars
 from internjax.serve.prepare import prepare_params
 from internjax.serve.programs import CHUNKS, Piece, Programs
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
@@ -83,7 +84,7 @@ class Engine:
             params=params,
             seed=_seed(params),
             emit=emit,
-            text=TextStream(self.tokenizer, params.stop, prompt[-1] if continues else None),
+            text=TextStream.of(self.tokenizer, params, prompt[-1] if continues else None),
             matcher=self.grammars.matcher(params.grammar) if params.grammar else None,
             freq=freq,
             salt=self._salt(freq),
@@ -128,8 +129,9 @@ class Engine:
         if not running and not self._pending:
             return False
         self._prefill_some()
-        if any(r.matcher for r in self.scheduler.to_decode()):
+        if constrained := [r for r in self.scheduler.to_decode() if r.matcher]:
             self._read(keep=0)
+            self._fill_masks(r for r in constrained if not r.finish_reason)
         pieces = self._decoding()
         if self.programs.one_way:
             pieces += self._prompts(self.programs.sizes[-1] - len(pieces))
@@ -203,6 +205,18 @@ class Engine:
         self.programs.seat(request.slot, row)
         request.seated = True
 
+    def _fill_masks(self, requests: Iterable[Request]) -> None:
+        """Asks each grammar for the tokens that may come; one that has no answer fails alone."""
+        started = time.perf_counter()
+        for request in requests:
+            request.mask = np.zeros(-(-self.cfg.vocab_size // 32), np.uint32)
+            try:
+                request.matcher.fill(request.mask)
+            except GrammarFailed as error:
+                self._finish(request, "error", error=f"the grammar cannot be followed: {error}")
+            self.stats.grammar_tokens += 1
+        self.stats.grammar_seconds += time.perf_counter() - started
+
     def _decoding(self) -> list[Piece]:
         """Returns what the next step runs, every token of it with room in the cache.
 
@@ -245,6 +259,7 @@ class Engine:
         self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], seed: int
     ) -> dict:
         row = scalars(params, seed)
+        row |= ban_row(request_bans(params, self.tokenizer, len(prompt)), output)
         if adjusts(params):
             row["in_prompt"] = np.zeros(self.cfg.vocab_size, bool)
             row["in_prompt"][list(prompt)] = True
@@ -259,7 +274,7 @@ class Engine:
         """Reads back dispatched steps, oldest first, but leaves `keep` of them running."""
         while len(self._pending) > keep:
             out, pieces = self._pending.popleft()
-            tokens, finite = np.asarray(out.token), np.asarray(out.finite)
+            tokens, finite, allowed = map(np.asarray, (out.token, out.finite, out.allowed))
             asked = any(p.request.params.logprobs is not None for p in pieces)
             rivals = jax.device_get((out.logprob, out.top_ids, out.top_logprobs)) if asked else None
             for piece in pieces:
@@ -270,6 +285,9 @@ class Engine:
                     continue
                 if not finite[row]:
                     self._poisoned(request)
+                elif not allowed[row]:
+                    message = "bad_words and the grammar together allow no token here"
+                    self._finish(request, "error", error=message)
                 else:
                     self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
 
@@ -283,11 +301,17 @@ class Engine:
         if cached % self.config.block == 0:
             self.scheduler.name_full(request, cached)
         news = {"tokens": (token,), "logprobs": (logprob,) if logprob else ()}
-        if token in self.tokenizer.eos_ids and not request.params.ignore_eos:
-            self._finish(request, "stop", text=request.text.flush(), **news)
+        ends = request.matcher is not None or not request.params.ignore_eos
+        is_eos = token in self.tokenizer.eos_ids and ends  # a grammar has it at its end only
+        if is_eos or token in request.params.stop_token_ids:
+            self._finish(request, "stop", text=request.text.flush(), by_token=True, **news)
             return
         text = request.text.push(token)
-        complete = request.matcher is not None and request.matcher.advance(token)
+        try:
+            complete = request.matcher is not None and request.matcher.advance(token)
+        except GrammarFailed as error:
+            self._finish(request, "error", error=f"the grammar cannot be followed: {error}")
+            return
         if request.text.stopped or complete:
             self._finish(request, "stop", text=text + request.text.flush(), **news)
         elif len(request.output) == request.params.max_tokens:
@@ -340,6 +364,8 @@ class Engine:
                 "the prompt or ask for fewer tokens."
             )
         _check_ids("logit_bias", params.logit_bias or (), self.cfg.vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, self.cfg.vocab_size)
+        request_bans(params, self.tokenizer, len(prompt))
         if params.logprobs is not None and not 0 <= params.logprobs <= TOP_LOGPROBS:
             raise UserError(f"logprobs={params.logprobs}: it must lie in 0..{TOP_LOGPROBS}.")
 

@@ -3,6 +3,9 @@
 llguidance follows the grammar on the host and says which tokens may come next; the sampler applies
 that as one bit a token inside the jitted step. JSON is compact by default, so that a small model
 cannot fill its budget with white space. A schema keyword that cannot be enforced is refused.
+
+Measured at 49152 tokens: 2 ms to compile a schema, 30 us a mask; the library's thread pool makes
+the masks of 16 slots slower (1.8-4.4 ms instead of 0.4-1.2 on 2 cores), so they follow one another.
 """
 
 import functools
@@ -12,9 +15,14 @@ import numpy as np
 
 from internjax.data.tokenizer import Tokenizer
 from internjax.errors import Missing, UserError
+from internjax.serve.json_schema import checked_schema
 
 KINDS = ("json_schema", "regex", "choice", "lark")
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+
+class GrammarFailed(RuntimeError):
+    """A grammar could not be followed any further; the message says why."""
 
 
 class Grammars:
@@ -31,15 +39,21 @@ class Grammars:
             {"lark": str}.
 
         Raises:
-          UserError: another form, a syntax error, or something that cannot be enforced.
+          UserError: another form, a syntax error, something that cannot be enforced, or a grammar
+            that no text follows.
         """
+        compiled = compile_grammar(_canonical(grammar))
         from llguidance import LLMatcher
 
-        compiled = compile_grammar(_canonical(grammar))
-        matcher = LLMatcher(self._index, compiled)
-        if matcher.is_error():
-            raise UserError(f"grammar: {_first_line(matcher.get_error())}")
-        return Matcher(matcher)
+        matcher = Matcher(LLMatcher(self._index, compiled, log_level=0))
+        first = np.zeros(-(-self._vocab_size // 32), np.uint32)
+        try:
+            matcher.fill(first)  # the engine's thread then finds the lexer warm
+        except GrammarFailed as error:
+            raise UserError(f"grammar: {error}") from error
+        if not first.any():
+            raise UserError("grammar: no text follows it.")
+        return matcher
 
     @functools.cached_property
     def _index(self):
@@ -60,38 +74,61 @@ class Matcher:
         self._matcher = matcher
 
     def fill(self, words: np.ndarray) -> None:
-        """Writes the allowed tokens as bits into a uint32 row `[W]`."""
+        """Writes the allowed tokens as bits into a uint32 row `[W]`.
+
+        Raises:
+          GrammarFailed: following it takes more states than the library's limits allow.
+        """
         assert words.flags["C_CONTIGUOUS"], "the mask is written through its address"
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            raise GrammarFailed(_first_line(self._matcher.get_error()))
 
     def advance(self, token: int) -> bool:
-        """Takes the chosen token; returns True when the text is complete and cannot go on."""
+        """Takes the chosen token; returns True when the text is complete and cannot go on.
+
+        Raises:
+          GrammarFailed: as for `fill`.
+        """
         if not self._matcher.consume_token(token):
-            raise AssertionError(f"a masked token was chosen: {self._matcher.get_error()}")
+            raise GrammarFailed(_first_line(self._matcher.get_error()))
         return self._matcher.is_stopped()
 
 
 @functools.lru_cache(maxsize=256)
 def compile_grammar(canonical: str) -> str:
     """Translates a grammar (as canonical JSON) to llguidance's own form and checks it."""
+    ((kind, value),) = json.loads(canonical).items()
+    matcher = _library()
+    if kind == "json_schema":
+        schema = checked_schema(value, "json_schema ", schema_problem)
+        return matcher.grammar_from_json_schema(schema, overrides=COMPACT)
+    if kind == "regex":
+        compiled = matcher.grammar_from_regex(value)
+    elif kind == "choice":
+        options = " | ".join(json.dumps(option, ensure_ascii=False) for option in value)
+        compiled = matcher.grammar_from_lark(f"start: {options}")
+    else:
+        compiled = matcher.grammar_from_lark(value)
+    problem = matcher.validate_grammar(compiled)
+    if problem:
+        raise UserError(f"{kind}: {_first_line(problem)}")
+    return compiled
+
+
+def schema_problem(schema: dict) -> str:
+    """Returns why a schema cannot be enforced, or "" if it can."""
+    matcher = _library()
+    compiled = matcher.grammar_from_json_schema(schema, overrides=COMPACT)
+    return _first_line(matcher.validate_grammar(compiled))
+
+
+def _library() -> type:
     try:
         from llguidance import LLMatcher
     except ModuleNotFoundError as error:
         raise Missing("Grammars need llguidance: pip install 'internjax[serve]'") from error
-    ((kind, value),) = json.loads(canonical).items()
-    if kind == "json_schema":
-        compiled = LLMatcher.grammar_from_json_schema(value, overrides=COMPACT)
-    elif kind == "regex":
-        compiled = LLMatcher.grammar_from_regex(value)
-    elif kind == "choice":
-        options = " | ".join(json.dumps(option) for option in value)
-        compiled = LLMatcher.grammar_from_lark(f"start: {options}")
-    else:
-        compiled = LLMatcher.grammar_from_lark(value)
-    problem = LLMatcher.validate_grammar(compiled)
-    if problem:
-        raise UserError(f"{kind}: {_first_line(problem)}")
-    return compiled
+    return LLMatcher
 
 
 def _canonical(grammar: dict) -> str:
@@ -110,13 +147,17 @@ def _canonical(grammar: dict) -> str:
     if not legal:
         expected = {"json_schema": "an object", "choice": "a list of non-empty strings"}
         raise UserError(f"grammar: {kind} takes {expected.get(kind, 'a non-empty string')}.")
-    return json.dumps(grammar)
+    try:
+        return json.dumps(grammar)
+    except RecursionError as error:
+        raise UserError(f"grammar: this {kind} is nested too deeply.") from error
 
 
 def _first_line(text: str) -> str:
-    """The library's message without the echo of the grammar."""
+    """The library's message without the echo of the grammar; a regex error's reason comes last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else text
+    reason = next((line for line in lines if line.startswith("error: ")), "")
+    return " ".join(filter(None, [lines[0], reason])) if lines else ""
 
 
 class _Vocabulary:

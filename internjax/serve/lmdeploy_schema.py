@@ -1,6 +1,6 @@
 """The bodies of LMDeploy's own calls; what cannot be obeyed is refused like everywhere."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,13 +20,14 @@ class LmdeployBody(Body):
     repetition_penalty: float | None = Field(default=None, gt=0)
     ignore_eos: bool | None = None
     seed: int | None = None
-    skip_special_tokens: Literal[True] | None = True
+    skip_special_tokens: bool | None = True
     spaces_between_special_tokens: Literal[True] | None = True
 
     def _sampling(self, max_tokens: int, logprobs: int | None = None) -> SamplingParams:
         names = ("stop", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-                 "ignore_eos", "seed")  # fmt: skip
+                 "ignore_eos", "seed", "skip_special_tokens")  # fmt: skip
         given = {name: getattr(self, name) for name in names}
+        given |= {name: getattr(self, name, None) for name in ("stop_token_ids", "min_new_tokens")}
         return SamplingBody(model="", **given).sampling(max_tokens, logprobs=logprobs, grammar=None)
 
 
@@ -39,7 +40,7 @@ class GenerateBody(LmdeployBody):
     image_data: None = None
     return_logprob: bool | None = None
     max_tokens: int = Field(default=128, ge=1)
-    stop_token_ids: None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
     include_stop_str_in_output: Literal[False] | None = False
 
     def sampling(self) -> SamplingParams:
@@ -57,7 +58,7 @@ class InteractiveBody(LmdeployBody):
     request_output_len: int | None = Field(default=None, ge=0)
     cancel: bool | None = False
     adapter_name: str | None = None
-    min_new_tokens: Literal[0] | None = None
+    min_new_tokens: int | None = Field(default=None, ge=0)
     temperature: float = Field(default=0.8, ge=0)
     top_p: float = Field(default=0.8, gt=0, le=1)
     top_k: int = Field(default=40, ge=-1)

@@ -160,8 +160,7 @@ class Programs:
             return self._no_mask[size]
         words, masked = np.zeros((size, self._words), np.uint32), np.zeros(size, bool)
         for piece in constrained:
-            piece.request.matcher.fill(words[piece.row])
-            masked[piece.row] = True
+            words[piece.row], masked[piece.row] = piece.request.mask, True
         return words, masked
 
     def _table(self, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from internjax.models.lm import SamplingParams
+from internjax.serve.bans import ban_row
 from internjax.tree import Leaf
 
 TOP_LOGPROBS = 20
@@ -27,9 +28,13 @@ class Sampling:
     """`SamplingParams` of all slots as arrays, with the tables that some of them need.
 
     Fields:
-      temperature, top_p, min_p, repetition, presence, frequency: `[S]` float32.
+      temperature, top_p, min_p, typical_p, repetition, presence, frequency: `[S]` float32.
       top_k: `[S]` int32, 0 keeps all; seed: `[S]` uint32.
-      adjusts: `[S]` bool, whether penalties or biases apply; logprobs: `[S]` bool, whether asked.
+      adjusts: `[S]` bool, whether penalties or biases apply.
+      rivals: `[S]` bool, whether the likeliest alternatives are asked for.
+      bans: `[S, B, L]` int32, sequences that end with a forbidden token, see `bans.py`;
+        bans_until: `[S, B]` int32, the position from which a ban is off.
+      recent: `[S, L-1]` int32, the last generated tokens, -1 where there are none.
       counts: `[S, V]` int32, how often each token was generated.
       in_prompt: `[S, V]` bool, tokens of the prompt; bias: `[S, V]` float32. Both are stale
         wherever `adjusts` is False.
@@ -39,12 +44,16 @@ class Sampling:
     top_k: Leaf
     top_p: Leaf
     min_p: Leaf
+    typical_p: Leaf
     repetition: Leaf
     presence: Leaf
     frequency: Leaf
     seed: Leaf
     adjusts: Leaf
-    logprobs: Leaf
+    rivals: Leaf
+    bans: Leaf
+    bans_until: Leaf
+    recent: Leaf
     counts: Leaf
     in_prompt: Leaf
     bias: Leaf
@@ -52,10 +61,11 @@ class Sampling:
 
 @struct.dataclass
 class Sampled:
-    """What one step chose: token `[S]`, its log-probability `[S]`, rivals `[S, 20]`, finite `[S]`.
+    """What one step chose: token `[S]`, its log-probability `[S]`, its rivals `[S, 20]`.
 
     Log-probabilities are of the model's own distribution, before penalties, masks and temperature.
-    `top_ids` and `top_logprobs` are zeros when no slot asked; `finite` is False after NaN logits.
+    `top_ids` and `top_logprobs` are zeros when no slot asked. `finite` `[S]` is False after NaN
+    logits; `allowed` `[S]` is False where bans and a grammar left no token at all.
     """
 
     token: Leaf
@@ -63,12 +73,15 @@ class Sampled:
     top_ids: Leaf
     top_logprobs: Leaf
     finite: Leaf
+    allowed: Leaf
 
 
 def init_sampling(num_slots: int, vocab_size: int) -> Sampling:
     """Makes the state of `num_slots` greedy slots."""
-    row = scalars(SamplingParams(), seed=0)
-    fields = {name: jnp.repeat(jnp.asarray(value)[None], num_slots) for name, value in row.items()}
+    row = scalars(SamplingParams(), seed=0) | ban_row([])
+    fields = {
+        name: jnp.repeat(jnp.asarray(value)[None], num_slots, axis=0) for name, value in row.items()
+    }
     shape = (num_slots, vocab_size)
     return Sampling(
         **fields,
@@ -85,12 +98,13 @@ def scalars(params: SamplingParams, seed: int) -> dict[str, np.generic]:
         "top_k": np.int32(params.top_k),
         "top_p": np.float32(params.top_p),
         "min_p": np.float32(params.min_p),
+        "typical_p": np.float32(params.typical_p),
         "repetition": np.float32(params.repetition_penalty),
         "presence": np.float32(params.presence_penalty),
         "frequency": np.float32(params.frequency_penalty),
         "seed": np.uint32(seed % 2**32),
         "adjusts": np.bool_(adjusts(params)),
-        "logprobs": np.bool_(params.logprobs is not None),
+        "rivals": np.bool_(params.logprobs),
     }
 
 
@@ -115,10 +129,11 @@ def sample(
       position: index of the new token in its request; with the seed it decides the randomness.
       mask: bit b of word w allows token 32 w + b; looked at where `masked`.
     """
-    # Tables are gathered only where they are looked at: at 16 x 49152 that takes a millisecond.
-    state = jax.tree.map(lambda x: x[slot] if x.ndim == 1 else x, slots)
+    state = _of_rows(slots, slot)
     log_total = jax.nn.logsumexp(logits, axis=-1)
     chosen_from = lax.cond(state.adjusts.any(), _adjust, lambda x, *_: x, logits, state, slot)
+    banned = ((state.bans[:, :, -1] >= 0) & (position[:, None] < state.bans_until)).any()
+    chosen_from = lax.cond(banned, forbid, lambda x, *_: x, chosen_from, state, position)
     chosen_from = lax.cond(masked.any(), _apply_mask, lambda x, *_: x, chosen_from, mask, masked)
     greedy = first_max(chosen_from)
     token = lax.cond(
@@ -127,7 +142,7 @@ def sample(
         lambda: greedy,
     )
     top_logits, top_ids = lax.cond(
-        state.logprobs.any(),
+        state.rivals.any(),
         lambda: tuple(lax.top_k(logits, _num_top(logits))),
         lambda: (
             jnp.zeros((logits.shape[0], _num_top(logits)), logits.dtype),
@@ -140,6 +155,29 @@ def sample(
         top_ids=top_ids,
         top_logprobs=top_logits - log_total[:, None],
         finite=jnp.isfinite(log_total),
+        allowed=jnp.take_along_axis(chosen_from, token[:, None], axis=-1)[:, 0] > -jnp.inf,
+    )
+
+
+def _of_rows(slots: Sampling, slot: Int[Array, " R"]) -> Sampling:
+    """Returns what each row follows, but for the tables over the vocabulary.
+
+    These are gathered where they are looked at: at 16 x 49152 that takes a millisecond.
+    """
+    tables = {name: getattr(slots, name) for name in ("counts", "in_prompt", "bias")}
+    small = slots.replace(**dict.fromkeys(tables, jnp.zeros(len(slots.seed))))
+    return jax.tree.map(lambda x: x[slot], small).replace(**tables)
+
+
+def advance(
+    slots: Sampling, slot: Int[Array, " R"], token: Int[Array, " R"], active: Bool[Array, " R"]
+) -> Sampling:
+    """Books the chosen token of every active row."""
+    goal = jnp.where(active, slot, len(slots.seed))  # behind the end: dropped
+    shifted = jnp.concatenate([slots.recent[slot, 1:], token[:, None]], axis=1)
+    return slots.replace(
+        counts=slots.counts.at[goal, token].add(1, mode="drop"),
+        recent=slots.recent.at[goal].set(shifted, mode="drop"),
     )
 
 
@@ -159,6 +197,18 @@ def _adjust(logits: Array, state: Sampling, slot: Array) -> Array:
     return jnp.where(state.adjusts[:, None], x, logits)
 
 
+def forbid(
+    logits: Float[Array, "S V"], state: Sampling, position: Int[Array, " S"]
+) -> Float[Array, "S V"]:
+    """Excludes the last token of every ban whose other tokens were just generated."""
+    head, last = state.bans[:, :, :-1], state.bans[:, :, -1]
+    said = ((head == state.recent[:, None]) | (head < 0)).all(axis=-1)
+    holds = said & (last >= 0) & (position[:, None] < state.bans_until)
+    index = jnp.where(holds, last, logits.shape[1])  # one too far is dropped
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, index].set(-jnp.inf, mode="drop")
+
+
 def _apply_mask(logits: Array, mask: Array, masked: Array) -> Array:
     """Forbids the tokens whose bit is 0."""
     bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & jnp.uint32(1)
@@ -175,6 +225,9 @@ def _draw(logits: Array, state: Sampling, position: Array) -> Array:
     weights = jnp.where(weights >= state.min_p[:, None], weights, 0.0)  # the likeliest weighs 1
     weights = lax.cond((state.top_k > 0).any(), keep_top_k, lambda w, _: w, weights, state.top_k)
     weights = lax.cond((state.top_p < 1).any(), keep_top_p, lambda w, _: w, weights, state.top_p)
+    weights = lax.cond(
+        (state.typical_p < 1).any(), keep_typical, lambda w, _: w, weights, state.typical_p
+    )
 
     def uniform(seed: Array, index: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), index))
@@ -196,6 +249,25 @@ def keep_top_p(weights: Float[Array, "S V"], top_p: Float[Array, " S"]) -> Float
     """
     cut = _threshold(weights, weights, top_p * weights.sum(axis=-1))
     keep = (weights >= cut[:, None]) | (top_p >= 1)[:, None]
+    return jnp.where(keep, weights, 0.0)
+
+
+def keep_typical(
+    weights: Float[Array, "S V"], typical_p: Float[Array, " S"]
+) -> Float[Array, "S V"]:
+    """Keeps the least set of tokens nearest to the expected surprise that holds `typical_p`.
+
+    Locally typical sampling, arXiv:2202.00666: |-log p - H| orders the tokens, H the entropy of
+    the row in nats; 1 keeps all, equal distances at the border stay together.
+    """
+    total = weights.sum(axis=-1)
+    share = weights / total[:, None]
+    surprise = -jnp.log(jnp.where(share > 0, share, 1.0))
+    entropy = (share * surprise).sum(axis=-1)
+    # The nearest gets the greatest key; 1 / (1 + x) keeps the order where exp(-x) underflows.
+    key = jnp.where(share > 0, 1 / (1 + jnp.abs(surprise - entropy[:, None])), 0.0)
+    cut = _threshold(key, weights, typical_p * total)
+    keep = (key >= cut[:, None]) | (typical_p >= 1)[:, None]
     return jnp.where(keep, weights, 0.0)
 
 

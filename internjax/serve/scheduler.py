@@ -37,6 +37,7 @@ class Delta:
       tokens: new ids; logprobs: one entry each if asked for.
       finish_reason: None while it runs; "stop", "length", "cancelled" or "error" at the end.
       error: what went wrong, for "error".
+      by_token: whether the last token ended the answer and is no part of its text.
     """
 
     text: str = ""
@@ -44,6 +45,7 @@ class Delta:
     logprobs: tuple[IdLogprob, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    by_token: bool = False
 
 
 @dataclass(eq=False)
@@ -53,7 +55,8 @@ class Request:
     Fields:
       prompt: token ids, at least one; seed: decides the randomness together with the position.
       emit: called in the engine's thread with every `Delta`; must not block.
-      text: turns ids into certain text (`text.TextStream`); matcher: follows the grammar.
+      text: turns ids into certain text (`text.TextStream`); matcher: follows the grammar;
+        mask: the tokens that it allows next, packed `[W]`.
       freq: rotary frequencies `[H/2]`; salt: all that decides its keys and values besides the
         tokens, see `blocks.block_key`.
       slot: where it lives, None while it waits; prefilled: positions already cached.
@@ -70,6 +73,7 @@ class Request:
     emit: Callable[[Delta], None]
     text: object = None
     matcher: object = None
+    mask: object = None
     freq: object = None
     salt: bytes = b""
     slot: int | None = None

@@ -58,6 +58,12 @@ class SamplingBody(Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, lt=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    bad_words: Text | Annotated[list[Text], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    skip_special_tokens: bool | None = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0)
@@ -79,17 +85,34 @@ class SamplingBody(Body):
     prompt_cache_key: Any = None
 
     def sampling(
-        self, max_tokens: int, *, logprobs: int | None, grammar: dict | None, index: int = 0
+        self,
+        max_tokens: int,
+        *,
+        logprobs: int | None,
+        grammar: dict | None,
+        index: int = 0,
+        markers: bool = False,
     ) -> SamplingParams:
-        """Returns the parameters of choice number `index`; None means the API's default."""
+        """Returns the parameters of choice number `index`; None means the API's default.
+
+        Args:
+          markers: special tokens stand in the text, for tool calls are read by them.
+        """
         given = {
             name: getattr(self, name)
             for name in (
                 "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-                "logit_bias", "ignore_eos",
+                "logit_bias", "ignore_eos", "typical_p", "min_tokens", "skip_special_tokens",
             )
             if getattr(self, name) is not None
         }  # fmt: skip
+        if self.min_new_tokens is not None:  # LMDeploy's name of the same
+            if self.min_tokens not in (None, self.min_new_tokens):
+                raise UserError("min_tokens and min_new_tokens differ: give one of them.")
+            given["min_tokens"] = self.min_new_tokens
+        if markers:
+            given["skip_special_tokens"] = False
+        bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         # Choices of one request differ by their seeds; the first has the seed as it was given.
         seed = None if self.seed is None else self.seed + 0x9E3779B1 * index
@@ -100,6 +123,8 @@ class SamplingBody(Body):
                 top_k=max(self.top_k or 0, 0),
                 seed=seed,
                 stop=stop,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                bad_words=tuple(bad_words or ()),
                 logprobs=logprobs,
                 grammar=grammar,
                 **given,
@@ -159,8 +184,24 @@ class CompletionBody(SamplingBody):
     prompt: Text | list[Text] | TokenIds | list[TokenIds]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    best_of: int | None = None
+    best_of: int | None = Field(default=None, ge=1, le=64)
     suffix: str | None = None
+
+    @property
+    def several(self) -> int:
+        """Answers generated for each prompt; of more than `n` the likeliest are given.
+
+        Raises:
+          UserError: fewer than `n`, or more in a stream, which cannot choose at the end.
+        """
+        n = self.n or 1
+        if self.best_of is None or self.best_of == n:
+            return n
+        if self.best_of < n:
+            raise UserError(f"best_of={self.best_of} is less than n={n}: give at least n.")
+        if self.stream:
+            raise UserError(f"best_of={self.best_of} chooses at the end: it cannot be streamed.")
+        return self.best_of
 
     def prompts(self) -> list[str | list[int]]:
         """Returns the prompts one by one."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from internjax.models.cache import KVCache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
-from internjax.serve.sampling import Sampled, Sampling, init_sampling, sample
+from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
 from internjax.tree import Leaf, Params
 
 
@@ -91,8 +91,8 @@ def seat(slots: Slots, slot: Int[Array, ""], row: dict[str, Array]) -> Slots:
     """Gives a slot its request's sampling parameters.
 
     Args:
-      row: `sampling.scalars` of the request; with `in_prompt`, `bias` and `counts` `[V]` if it
-        adjusts.
+      row: `sampling.scalars` and `bans.ban_row` of the request; with `in_prompt`, `bias` and
+        `counts` `[V]` if it adjusts.
     """
     row = {"counts": jnp.int32(0), **row}
     fields = {name: getattr(slots.sampling, name).at[slot].set(x) for name, x in row.items()}
@@ -132,11 +132,10 @@ def step(
     logits = unembed(params, states[:, 0], cfg)
     out = sample(logits, slots.sampling, rows.slot, rows.position + 1, mask, masked)
     goal = jnp.where(rows.active, rows.slot, len(slots.token))  # behind the end: dropped
-    counts = slots.sampling.counts.at[goal, out.token].add(1, mode="drop")
     return Slots(
         cache=cache,
         token=slots.token.at[goal].set(out.token, mode="drop"),
-        sampling=slots.sampling.replace(counts=counts),
+        sampling=advance(slots.sampling, rows.slot, out.token, rows.active),
     ), out
 
 

@@ -62,10 +62,15 @@ def prepare(service: Service, served: Served, body: ChatBody) -> Turn:
       UserError: it cannot be obeyed.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    plan = plan_tools(tools, body.tool_choice, service.template.tool_style)
     asked = body.asked_grammar()
-    if asked and plan.grammar:
-        raise UserError("the answer cannot be held to a tool call and to another format at once.")
+    plan = plan_tools(
+        tools,
+        body.tool_choice,
+        service.template.tool_style,
+        tokenizer=service.tokenizer,
+        parallel=body.parallel_tool_calls is not False,
+        asked=asked,
+    )
     ids = prompt_ids(service.tokenizer, service.template, body.messages, plan.tools)
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
@@ -74,7 +79,7 @@ def prepare(service: Service, served: Served, body: ChatBody) -> Turn:
     if body.top_logprobs is not None and not body.logprobs:
         raise UserError("top_logprobs needs logprobs=true.")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    options = {"logprobs": logprobs, "grammar": plan.grammar or asked}
+    options = {"logprobs": logprobs, "grammar": plan.grammar or asked, "markers": plan.markers}
     several = range(body.n or 1)
     jobs = [make_job(served, ids, body.sampling(max_tokens, index=i, **options)) for i in several]
     return Turn(ids, jobs, plan, logprobs)
@@ -102,19 +107,12 @@ async def _chat_chunks(
         new = answer.logprobs[before:]
         entries = chat_logprobs(service.tokenizer, new) if new else None
         text = answer.newly_certain()
-        if not answer.finish_reason:
-            if text or entries:
-                yield chunk(index, {"content": text}, logprobs=entries)
-            continue
-        words, calls, reason = answer.result()
-        if not calls:
-            text += words[answer.sent :]
         if text or entries:
             yield chunk(index, {"content": text}, logprobs=entries)
-        if calls:
-            numbered = [{"index": i, **made} for i, made in enumerate(calls)]
-            yield chunk(index, {"tool_calls": numbered})
-        yield chunk(index, {}, reason)
+        for piece in answer.new_call_pieces():
+            yield chunk(index, {"tool_calls": [piece]})
+        if answer.finish_reason:
+            yield chunk(index, {}, answer.result()[2])
     if body.wants_usage:
         spent = usage(call.prompt_tokens, sum(len(a.tokens) for a in answers))
         yield {**head, "choices": [], "usage": spent}

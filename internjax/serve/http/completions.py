@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from internjax.errors import UserError
-from internjax.serve.answers import Answer, completion_logprobs, usage
+from internjax.serve.answers import Answer, best, completion_logprobs, usage
 from internjax.serve.http.call import Call, call_of
 from internjax.serve.http.requests import (
     beside,
@@ -35,7 +35,7 @@ async def completions(service: Service, body: CompletionBody, http: Request) -> 
     counted = sum(map(len, prompts))
     reserve(service, call, counted, jobs)
     scores = [await _echo(service, body, ids) for ids in prompts]
-    echoes = [echo for echo in scores for _ in range(body.n or 1)]
+    echoes = [echo for echo in scores for _ in range(body.several)]
     ticket = await submit(service, call, jobs, counted)
     answers = [Answer(service.tokenizer) for _ in echoes]
     head = head_of(served.name, "cmpl", "text_completion")
@@ -43,9 +43,10 @@ async def completions(service: Service, body: CompletionBody, http: Request) -> 
         chunks = _completion_chunks(service, call, body, ticket, answers, echoes, head)
         return stream(service, call, ticket, chunks)
     await collect(service, ticket, answers, http)
+    groups = range(0, len(answers), body.several)
+    kept = [at + i for at in groups for i in best(answers[at : at + body.several], body.n or 1)]
     choices = [
-        _completion_choice(service, body, i, answer, echo)
-        for i, (answer, echo) in enumerate(zip(answers, echoes, strict=True))
+        _completion_choice(service, body, i, answers[at], echoes[at]) for i, at in enumerate(kept)
     ]
     spent = usage(counted, sum(len(a.tokens) for a in answers))
     return JSONResponse({**head, "choices": choices, "usage": spent})
@@ -59,19 +60,18 @@ def _prepare(
     Raises:
       UserError: it cannot be obeyed.
     """
-    n = body.n or 1
     if body.suffix:
         raise UserError("suffix: this model does not fill gaps.")
-    if body.best_of not in (None, n):
-        raise UserError(f"best_of={body.best_of}: only best_of = n (here {n}) is served.")
     prompts = [service.encode(p) if isinstance(p, str) else list(p) for p in body.prompts()]
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise UserError("max_tokens=0 asks for nothing: set echo=true, or at least 1.")
     for ids in prompts:  # what is only echoed is checked as strictly as what is continued
         service.engine.engine.check_prompt(ids)
-    options = {"logprobs": body.logprobs, "grammar": body.grammar}
-    params = [body.sampling(max(max_tokens, 1), index=i, **options) for i in range(n)]
+    # Choosing among answers needs log-probabilities, though the client asked for none.
+    chooses = body.several > (body.n or 1) and body.logprobs is None
+    options = {"logprobs": 0 if chooses else body.logprobs, "grammar": body.grammar}
+    params = [body.sampling(max(max_tokens, 1), index=i, **options) for i in range(body.several)]
     if not max_tokens:
         return prompts, []
     return prompts, [make_job(served, ids, p, continues=True) for ids in prompts for p in params]
