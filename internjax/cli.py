@@ -43,6 +43,7 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("serve", ""): Verb("serve", ("model",)),
     ("chat", ""): Verb("chat", ("model",), many="prompt"),
     ("agent", ""): Verb("agent", ("model",), many="question"),
+    ("ui", ""): Verb("ui", many="url"),
     ("plan", "run"): Verb("plan"),
     ("plan", "search"): Verb("plan"),
     ("plan", "tune"): Verb("plan"),

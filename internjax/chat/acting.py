@@ -18,6 +18,9 @@ from internjax.agents.policies import ReAct, make_policy
 from internjax.agents.tool import Tool
 from internjax.chat.source import End, Params, Source, Text, explained
 
+BREATH_SECONDS = 0.3
+"""An empty piece of text follows so much silence: only a generator that yields can be closed."""
+
 
 def act(
     source: Source,
@@ -38,21 +41,33 @@ def act(
       UserError: what the server says against a request.
     """
     *earlier, question = messages
-    budget = Budget(step_tokens=params.max_tokens or Budget.step_tokens)
     start, news, stop = time.perf_counter(), queue.SimpleQueue(), threading.Event()
-    client = connect(source.endpoint(), api_key=source.api_key)
-    asked = (Streamed(client, stop), model, question["content"], tools)
     chatting = InChat(make_policy(policy), tuple(earlier), params)
-    with client, explained(source.endpoint()), ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run, *asked, chatting, budget=budget, on_step=news.put)
-        running.add_done_callback(lambda _: news.put(None))
-        try:
-            while (step := news.get()) is not None:
-                yield from step.rows()
-            trace = running.result()
-        finally:  # the reader may have gone: the pool waits for the run, which stops at once
-            stop.set()
-        yield from _ending(trace, time.perf_counter() - start)
+    budget = Budget(step_tokens=params.max_tokens or Budget.step_tokens)
+    url = source.endpoint()
+
+    def work() -> Trace:
+        with explained(url), connect(url, api_key=source.api_key) as client:
+            asked = (Streamed(client, stop), model, question["content"], tools, chatting)
+            return run(*asked, budget=budget, on_step=news.put)
+
+    pool = ThreadPoolExecutor(1)
+    running = pool.submit(work)
+    running.add_done_callback(lambda _: news.put(None))
+    try:
+        while True:
+            try:
+                step = news.get(timeout=BREATH_SECONDS)
+            except queue.Empty:
+                yield Text("")
+                continue
+            if step is None:
+                break
+            yield from step.rows()
+    finally:  # the reader may have gone: the run stops at its next token, nobody waits for that
+        stop.set()
+        pool.shutdown(wait=False)
+    yield from _ending(running.result(), time.perf_counter() - start)
 
 
 def _ending(trace: Trace, seconds: float) -> Iterator[Row | Text | End]:

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from internjax.agents.loop import connect
 from internjax.errors import Missing, UserError
@@ -79,6 +79,7 @@ class End:
         return f"{tokens}{self.seconds:.1f} s{cut}"
 
 
+@runtime_checkable
 class Source(Protocol):
     """Answers chats."""
 
@@ -170,7 +171,7 @@ def explained(url: str) -> Iterator[None]:
     except openai.APITimeoutError as error:
         raise UserError(f"{url} took too long to answer.") from error
     except openai.APIConnectionError as error:
-        raise Missing(f"no server answers at {url}: is it running?") from error
+        raise Missing(f"{url} does not answer: is the server running?") from error
     except openai.APIStatusError as error:
         said = error.body.get("message") if isinstance(error.body, dict) else None
         raise UserError(f"{url} refused ({error.status_code}): {said or error.message}") from error
