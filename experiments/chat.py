@@ -1,34 +1,48 @@
-"""Talks with a model in the terminal: answers stream, the chat goes on until Ctrl-D or /quit.
+"""Talks with a model in the terminal: answers stream, the chat goes on until Ctrl-D or /exit.
 
 internjax chat smollm2-135m-instruct
 internjax chat smollm2-135m-instruct prompt="What is the capital of France?"
+internjax chat url=http://127.0.0.1:8000/v1
 """
 
+import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from internjax.agents.policies import make_policy
+from internjax.agents.tools import make_tools
+from internjax.chat.source import Params, Remote, Source
+from internjax.chat.talk import Talk
+from internjax.chat.terminal import answer, converse
 from internjax.errors import UserError
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build
-from internjax.models.lm import SamplingParams
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     """Each key is explained in configs/chat.yaml."""
 
-    model: str
+    model: str = ""
     prompt: str = ""
+    url: str = ""
+    api_key: str = "none"
+    adapter: str = ""
     system: str = ""
-    max_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
+    max_tokens: int | None = None
     seed: int | None = None
+    tools: tuple[str, ...] = ()
+    policy: str = "react"
+    history: str = "~/.local/state/internjax/chat_history"
     context: int = 0
+    activations: str = "int8"
     dtype: str = "float32"
 
 
@@ -36,76 +50,39 @@ class ChatConfig:
 def main(raw: DictConfig) -> None:
     """Answers one prompt, or converses."""
     cfg = build(ChatConfig, raw)
-    params = SamplingParams(
-        max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed
-    )
+    params = Params(cfg.temperature, cfg.top_p, cfg.max_tokens, cfg.seed)
+    make_tools(cfg.tools)  # an unknown name, or no sandbox: said before a model loads
+    make_policy(cfg.policy)
+    with contextlib.closing(Remote(cfg.url, cfg.api_key) if cfg.url else local(cfg)) as source:
+        name = cfg.adapter or (cfg.url and cfg.model)
+        talk = Talk(source.choose(name or source.models()[0]), cfg.system, (), params, cfg.tools)
+        console = Console(highlight=False)
+        if cfg.prompt:
+            answer(source, talk, cfg.prompt, console, policy=cfg.policy)
+        else:
+            history = Path(cfg.history).expanduser() if cfg.history else None
+            converse(source, talk, console, policy=cfg.policy, history=history)
+
+
+def local(cfg: ChatConfig) -> Source:
+    """The model that `cfg` names, loaded here."""
+    if not cfg.model:
+        raise UserError("chat needs a model: internjax chat MODEL, or internjax chat url=URL.")
     enable_compilation_cache()
 
-    from internjax.models.load import load
+    from internjax.chat.local import Local
+    from internjax.models.load import Model, load
     from internjax.serve.engine import EngineConfig
-    from internjax.serve.local import LocalLM
+
+    def adapt(model: Model, folder: Path) -> Model:
+        from internjax.adapt.lora import attach
+        from internjax.chain.tuning import load_adapter
+
+        return replace(model, params=attach(model.params, *load_adapter(folder, model.cfg)))
 
     # One slot: a single stream decodes at the speed of matrix-vector products.
-    model = load(cfg.model, dtype=cfg.dtype, packed=True)
-    lm = LocalLM(model, EngineConfig(slots=1, context=cfg.context))
-    history = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    console = Console(highlight=False)
-    if cfg.prompt:
-        answer(lm, console, [*history, {"role": "user", "content": cfg.prompt}], params)
-    else:
-        converse(lm, console, history, params)
-
-
-def converse(lm, console: Console, history: list[dict], params: SamplingParams) -> None:
-    """Reads lines until the end of input; `/clear` forgets the chat, Ctrl-C ends an answer."""
-    console.print("[dim]/clear forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer[/]")
-    system = list(history)
-    while True:
-        line = read_line(console)
-        if line is None or line == "/quit":
-            return
-        if line == "/clear":
-            history = list(system)
-        elif line:
-            asked = [*history, {"role": "user", "content": line}]
-            try:
-                text = answer(lm, console, asked, params)
-            except UserError as error:  # too long, for example: the chat so far stays
-                console.print(f"error: {error}", markup=False)
-                continue
-            history = [*asked, {"role": "assistant", "content": text}]
-
-
-def read_line(console: Console) -> str | None:
-    """Returns the next line, "" after Ctrl-C, None at the end of input."""
-    try:
-        return console.input("[bold cyan]you>[/] " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        console.print()
-        return None
-    except KeyboardInterrupt:
-        console.print()
-        return ""
-
-
-def answer(lm, console: Console, messages: list[dict], params: SamplingParams) -> str:
-    """Prints an answer as it grows; Ctrl-C keeps what has come so far."""
-    text = ""
-    room = lm.engine.context - len(lm.encode(messages))
-    if 0 < room < params.max_tokens:
-        params = SamplingParams(**{**vars(params), "max_tokens": room})
-    pieces = lm.stream(messages, params)
-    try:
-        for piece in pieces:
-            text += piece
-            console.print(piece, end="", markup=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-    finally:
-        pieces.close()
-    console.print()
-    return text
+    engine = EngineConfig(slots=1, context=cfg.context, activations=cfg.activations)
+    return Local(load(cfg.model, dtype=cfg.dtype, packed=True), adapt, engine)
 
 
 if __name__ == "__main__":  # the same program as `internjax chat`

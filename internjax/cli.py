@@ -46,6 +46,7 @@ VERBS: dict[tuple[str, str], Verb] = {
     ("keys", "remove"): Verb("keys", ("name",)),
     ("chat", ""): Verb("chat", ("model",), many="prompt"),
     ("agent", ""): Verb("agent", ("model",), many="question"),
+    ("ui", ""): Verb("ui", many="url"),
     ("plan", "run"): Verb("plan"),
     ("plan", "search"): Verb("plan"),
     ("plan", "tune"): Verb("plan"),

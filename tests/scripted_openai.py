@@ -13,18 +13,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = str | dict[str, Any] | Callable[[dict[str, Any]], "str | dict[str, Any]"]
-"""Text; or fields of the message (content, tool_calls) and "finish_reason", "status", "delay";
+"""Text; or fields of the message (content, tool_calls) and "finish_reason", "status", "delay",
+of a stream "pause" (seconds between its words) and "break" (words before the line goes dead);
 or a function of the request's body that returns one of these."""
 
 
 @dataclass
 class Script:
-    """What the server will answer, in order, and what it was asked."""
+    """What the server will answer, in order, what it was asked, and how many left a stream."""
 
     answers: list[Answer]
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     port: int = 0
+    left: int = 0
 
 
 def tool_call(name: str, arguments: dict[str, Any] | str, call_id: str = "call_1") -> dict:
@@ -51,7 +53,32 @@ def scripted(*answers: Answer) -> Iterator[Script]:
             given = {"content": given} if isinstance(given, str) else dict(given)
             time.sleep(given.pop("delay", 0.0))
             status = given.pop("status", 200)
+            if body.get("stream") and status == 200:
+                self._send_events(body, given)
+                return
             self._send(status, _completion(body, given) if status == 200 else _refusal())
+
+        def do_GET(self) -> None:
+            cards = [{"id": name, "object": "model"} for name in ("scripted", "scripted-adapter")]
+            self._send(200, {"object": "list", "data": cards})
+
+        def _send_events(self, body: dict[str, Any], given: dict[str, Any]) -> None:
+            pause, left = given.pop("pause", 0.0), given.pop("break", None)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            if left is not None:
+                self.send_header("Content-Length", "1000000")  # more than will come
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for number, chunk in enumerate(_chunks(_completion(body, given))):
+                    if number == left:
+                        return
+                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                    time.sleep(pause)
+                self.wfile.write(b"data: [DONE]\n\n")
+                return
+            script.left += 1
 
         def _send(self, status: int, payload: dict[str, Any]) -> None:
             data = json.dumps(payload).encode()
@@ -89,6 +116,24 @@ def _completion(body: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
+
+
+def _chunks(completion: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same completion as a stream: a word or a call at a time, then the end, then the usage."""
+    (choice,), usage = completion["choices"], completion["usage"]
+    head = {**completion, "object": "chat.completion.chunk", "usage": None}
+    words = (choice["message"]["content"] or "").split(" ")
+    deltas = [
+        {"role": "assistant", "content": words[0]},
+        *({"content": f" {w}"} for w in words[1:]),
+    ]
+    calls = choice["message"].get("tool_calls") or ()
+    deltas += [{"tool_calls": [{"index": i, **call}]} for i, call in enumerate(calls)]
+    for delta in deltas:
+        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    end = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
+    yield {**head, "choices": [end]}
+    yield {**head, "choices": [], "usage": usage}
 
 
 def _refusal() -> dict[str, Any]:

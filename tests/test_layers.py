@@ -23,7 +23,7 @@ LAYERS = [
     {"models", "data"},
     {"adapt", "train", "plan", "serve"},
     {"evals", "agents"},
-    {"chain"},
+    {"chain", "chat"},
     {"experiments", "cli", "usage", "configs"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

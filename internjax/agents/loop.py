@@ -255,8 +255,9 @@ def _ask(client: Any, model: str, asked: dict, budget: Budget, spent: _Spent) ->
     if left <= 0:
         return None
     try:
+        asked = {"temperature": 0, **asked}  # a policy may draw
         return client.chat.completions.create(
-            model=model, max_tokens=budget.step_tokens, temperature=0, timeout=left, **asked
+            model=model, max_tokens=budget.step_tokens, timeout=left, **asked
         )
     except Exception as error:
         # openai is optional here: its timeout error is known by name, everything else passes on.

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ class LocalLM:
             self._abandon(requests.values())
         return results
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
-        """Yields the answer's text piece by piece."""
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str, None, Request]:
+        """Yields the answer's text piece by piece; returns the finished request."""
         news: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         request = self.engine.submit(
             self.encode(prompt), params, news.put, continues=isinstance(prompt, str)
@@ -101,6 +101,7 @@ class LocalLM:
                 _raise_failed(delta)
                 if delta.text:
                     yield delta.text
+            return request
         finally:
             self._abandon([request])
 
