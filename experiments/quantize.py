@@ -1,4 +1,4 @@
-"""Rounds a model's projections to int4, group by group; the embedding and the norms stay.
+"""Makes a model's projections smaller by one of six methods; the embedding and the head stay.
 
 Writes model/ (a model folder that every verb takes) and card.json into `out`.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from internjax.adapt.quantize import QuantConfig, quantize
+from internjax.adapt.quantize import CALIBRATED, QuantConfig, compress
+from internjax.adapt.texts import text_path
 from internjax.chain.verbs import produce_at
 from internjax.experiments.config import build, part
 from internjax.models.convert import model_path
@@ -33,14 +34,16 @@ def main(raw: DictConfig) -> None:
     """Rounds and says how much smaller the model became."""
     cfg = build(QuantizeRun, raw)
     settings = part(QuantConfig, cfg)
+    inputs = {"model": model_path(resolve(cfg.model))}
+    if settings.method in CALIBRATED and settings.calibration.text:
+        inputs["calibration"] = text_path(settings.calibration.text)
 
     def make(folder: Path, scratch: Path) -> dict:
         model = load(cfg.model)
-        params = quantize(model.params, settings)
+        params = compress(model, settings)
         save_native(folder / "model", model.cfg, params, model.tokenizer)
         return {"bytes_before": size_bytes(model.params), "bytes": size_bytes(params)}
 
-    inputs = {"model": model_path(resolve(cfg.model))}
     done = produce_at(cfg.out, cfg.runs, "quantize", config=settings, inputs=inputs, make=make)
     before, after = done.metrics["bytes_before"] / 1e6, done.metrics["bytes"] / 1e6
     print(f"{done.path}: weights of {before:,.1f} MB became {after:,.1f} MB")

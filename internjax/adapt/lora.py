@@ -18,7 +18,7 @@ from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import param_table
 from internjax.tree import Params, flatten, unflatten
-from internjax.weights import LoraWeight, QuantWeight, plain
+from internjax.weights import LoraWeight, QuantWeight, ScaledWeight, plain
 
 # Input dims of every projection: what the einsum in the decoder contracts.
 NUM_IN = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
@@ -90,7 +90,7 @@ def merge(params: Params) -> Params:
         base = w.base
         while isinstance(base, LoraWeight):
             base = base.base
-        dtype = w.a.dtype if isinstance(base, QuantWeight) else base.dtype
+        dtype = w.a.dtype if isinstance(base, (QuantWeight, ScaledWeight)) else base.dtype
         return plain(w, jnp.promote_types(dtype, w.a.dtype)).astype(dtype)
 
     return unflatten({path: fold(w) for path, w in flatten(params).items()})

@@ -1,4 +1,8 @@
-"""Int4 of a parameter tree: round-to-nearest by groups, plus what rounding lost at low rank.
+"""Smaller weights of a parameter tree, by one of six methods.
+
+Without data: `rtn` rounds to 4 bits, `lqer` keeps beside it what rounding lost at low rank, `fp8`
+rounds to 8-bit floats. With activations of a calibration text: `awq` and `gptq` round to 4 bits
+with whole zeros, as published checkpoints have them, `w8a8` rounds weights and activations to int8.
 
 Rounding alone forgets small changes: weights that came from a 4-bit file lie on its grid, and an
 adapter moves nearly all of them by less than half a step, so a merged model rounds back to it.
@@ -6,18 +10,31 @@ The low-rank residual keeps what was learned (LQER, arXiv:2402.02446; LoftQ, arX
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from internjax.adapt.awq import AwqConfig, awq_layer
+from internjax.adapt.calibrate import by_layers
+from internjax.adapt.gptq import GptqConfig, gptq_layer
 from internjax.adapt.lora import NUM_IN, check_targets
+from internjax.adapt.rounding import quantize_array, round_to_fp8
+from internjax.adapt.smooth import SmoothConfig, smooth_layer
+from internjax.adapt.texts import CalibrationConfig, calibration_rows
 from internjax.errors import UserError
+from internjax.models.load import Model
 from internjax.tree import Params
 from internjax.weights import LoraWeight, QuantWeight, dequantize
 
-STEPS = 15
+__all__ = ["QuantConfig", "compress", "quantize", "quantize_array", "quantize_on"]
+
+GROUPS = (128, 64, 32)  # the first that divides the inputs of every projection is taken
+CALIBRATED = ("awq", "gptq", "w8a8")
 
 
 @dataclass(frozen=True)
@@ -25,50 +42,96 @@ class QuantConfig:
     """How weights are rounded.
 
     Fields:
-      group: weights that share a scale and a zero, along the contracted dims.
-      rank: of the float16 residual beside the integers; 0 leaves it out.
+      group: weights that share a scale, along the contracted dims. None: 32 of lqer; of other 4-bit
+        methods the largest of 128, 64 and 32 that divides; of fp8 all inputs of an output.
+      rank: of lqer's float16 residual beside the integers; 0 leaves it out.
       targets: projections that are rounded; embedding, head and norms stay.
+      method: rtn, lqer, awq, gptq (4 bits), w8a8 (int8 weights and activations) or fp8 (e4m3).
+      calibration: the text of awq, gptq and w8a8; awq, gptq, w8a8: what only these methods have.
     """
 
-    group: int = 32
+    group: int | None = None
     rank: int = 64
     targets: tuple[str, ...] = tuple(NUM_IN)
+    method: Literal["rtn", "lqer", "awq", "gptq", "w8a8", "fp8"] = "lqer"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    awq: AwqConfig = field(default_factory=AwqConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    w8a8: SmoothConfig = field(default_factory=SmoothConfig)
+
+    def __post_init__(self):
+        if self.method == "w8a8" and self.group is not None:
+            raise UserError(
+                f"group={self.group}: w8a8 has one scale for each output; leave group empty."
+            )
+        if self.group is not None and self.group < 2:
+            raise UserError(f"group={self.group}: legal are even numbers from 2.")
 
 
-def quantize_array(w: Float[Array, "*S"], num_in: int, group: int, *, lead: int = 0) -> QuantWeight:
-    """Rounds `[*lead, *in, *out]` to 16 steps between the minimum and maximum of every group."""
-    dims = w.shape[lead:]
-    ins, outs = dims[:num_in], dims[num_in:]
-    flat = w.reshape(*w.shape[:lead], math.prod(ins), math.prod(outs)).astype(jnp.float32)
-    rows, columns = flat.shape[-2:]
-    if rows % group or group % 2:
-        raise UserError(
-            f"group={group} does not cut the {rows} inputs of a weight {tuple(dims)} evenly (and"
-            " must be even): choose a divisor, for example 32 or 64."
-        )
-    groups = flat.reshape(*flat.shape[:-2], rows // group, group, columns)
-    low, high = groups.min(axis=-2), groups.max(axis=-2)
-    # The floor keeps a group of equal weights finite: its zero must fit float16.
-    floor = jnp.maximum(jnp.abs(low) / 2**14, 1e-7)
-    scales = jnp.maximum((high - low) / STEPS, floor).astype(jnp.float16)
-    zeros = (-low / scales.astype(jnp.float32)).astype(jnp.float16)
-    wide = lambda x: x.astype(jnp.float32)[..., None, :]  # noqa: E731
-    steps = jnp.clip(jnp.round(groups / wide(scales) + wide(zeros)), 0, STEPS)
-    steps = steps.astype(jnp.uint8).reshape(*flat.shape[:-2], rows // 2, 2, columns)
-    values = steps[..., 0, :] | (steps[..., 1, :] << 4)
-    return QuantWeight(values, scales, zeros, tuple(ins), tuple(outs))
+def compress(model: Model, cfg: QuantConfig) -> Params:
+    """Returns a model's tree with rounded weights; makes the calibration rows where needed."""
+    if cfg.method not in CALIBRATED:
+        return quantize(model.params, cfg)
+    return quantize_on(model, cfg, calibration_rows(model, cfg.calibration))
+
+
+def quantize_on(model: Model, cfg: QuantConfig, rows: Int[Array, "S T"]) -> Params:
+    """Rounds by a method that looks at activations, those of `rows` of token ids.
+
+    Raises: UserError: a target is no plain array, the group does not fit, the model has experts.
+    """
+    layers = model.params["layers"]
+    _check_plain(layers, cfg.targets)
+    if cfg.method == "w8a8":
+        treat = partial(smooth_layer, targets=cfg.targets, cfg=cfg.w8a8)
+    else:
+        group = _group(layers, cfg)
+        layer, own = {"awq": (awq_layer, cfg.awq), "gptq": (gptq_layer, cfg.gptq)}[cfg.method]
+        treat = partial(layer, targets=cfg.targets, group=group, cfg=own)
+    return by_layers(model.params, model.cfg, jnp.asarray(rows), treat)
 
 
 def quantize(params: Params, cfg: QuantConfig) -> Params:
-    """Returns the tree with rounded weights for the target projections of stacked layers."""
+    """Rounds by a method that needs no data: rtn, lqer or fp8."""
+    if cfg.method in CALIBRATED:
+        raise UserError(f"method={cfg.method} needs a model and text, see `compress`.")
     layers = dict(params["layers"])
-    check_targets(cfg.targets, layers, "the model")
+    _check_plain(layers, cfg.targets)
     for name in cfg.targets:
-        if isinstance(layers[name], (LoraWeight, QuantWeight)):
-            raise UserError(f"layers/{name} is no plain array: merge adapters before quantizing.")
-        rounded = quantize_array(layers[name], NUM_IN[name], cfg.group, lead=1)
-        layers[name] = _with_residual(layers[name], rounded, cfg.rank) if cfg.rank else rounded
+        w = layers[name]
+        if cfg.method == "fp8":
+            layers[name] = round_to_fp8(w, NUM_IN[name], cfg.group, lead=1)
+            continue
+        rounded = quantize_array(w, NUM_IN[name], _group(layers, cfg), lead=1)
+        residual = cfg.method == "lqer" and cfg.rank
+        layers[name] = _with_residual(w, rounded, cfg.rank) if residual else rounded
     return {**params, "layers": layers}
+
+
+def _check_plain(layers: Params, targets: Sequence[str]) -> None:
+    """Refuses projections that the model lacks, and what is no plain array."""
+    check_targets(targets, layers, "the model")
+    for name in targets:
+        if not hasattr(layers[name], "dtype"):
+            raise UserError(f"layers/{name} is no plain array: merge adapters before quantizing.")
+
+
+def _group(layers: Params, cfg: QuantConfig) -> int:
+    """The group that was asked for, or the method's own choice."""
+    if cfg.group is not None:
+        return cfg.group
+    if cfg.method == "lqer":
+        return 32
+    dims = {n: layers[n].shape[1 : 1 + NUM_IN[n]] for n in cfg.targets}
+    rows = {n: math.prod(ins) for n, ins in dims.items()}
+    fits = [g for g in GROUPS if all(r % g == 0 for r in rows.values())]
+    if not fits:
+        have = ", ".join(f"{n} {r}" for n, r in rows.items())
+        raise UserError(
+            f"none of the groups {GROUPS} divides the inputs of every projection ({have}): give"
+            " group=."
+        )
+    return fits[0]
 
 
 def _with_residual(w: Float[Array, "L *S"], rounded: QuantWeight, rank: int) -> LoraWeight:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from internjax.adapt.quantize import QuantConfig, quantize
+from internjax.adapt.quantize import QuantConfig, compress
 from internjax.agents import sums
 from internjax.agents.loop import Budget, connect
 from internjax.agents.policies import make_policy
@@ -201,11 +201,11 @@ def make_native(shop: Workshop, name: str) -> Artefact:
 
 
 def make_quantized(shop: Workshop, base: Artefact, cfg: QuantConfig) -> Artefact:
-    """Group-wise int4 weights, as a model folder of ours."""
+    """Smaller weights, as a model folder of ours."""
 
     def make(folder: Path) -> dict[str, Any]:
         model = _loaded(base)
-        params = quantize(model.params, cfg)
+        params = compress(model, cfg)
         save_native(folder / "model", model.cfg, params, model.tokenizer)
         return {"bytes": size_bytes(params), "bytes_before": size_bytes(model.params)}
 

@@ -18,9 +18,13 @@ from internjax.models.folders import save_tokenizer, whole
 from internjax.models.layouts import Tensor, checkpoint_tensors, read_params, tree_layout
 from internjax.models.safetensors_file import SHARD_BYTES, open_tensors, read_json, write_tensors
 from internjax.tree import Params, flatten, stack_layers, unflatten
-from internjax.weights import LoraWeight, QuantWeight
+from internjax.weights import LoraWeight, QuantWeight, ScaledWeight
 
 FORMAT = 1
+_INTEGERS = {  # kind -> record, its arrays, inputs in a byte of values
+    "int4": (QuantWeight, ("values", "scales", "zeros"), 2),
+    "scaled": (ScaledWeight, ("values", "scales"), 1),
+}
 
 
 def load_native(path: str | Path, dtype: Any = None) -> tuple[ModelConfig, Params]:
@@ -66,7 +70,8 @@ def save_native(
     Raises: UserError when the folder is there already.
     """
     params = stack_layers(params)
-    special = {p: w for p, w in flatten(params).items() if isinstance(w, (LoraWeight, QuantWeight))}
+    kinds = (LoraWeight, QuantWeight, ScaledWeight)
+    special = {p: w for p, w in flatten(params).items() if isinstance(w, kinds)}
     layout = [entry for entry in tree_layout(cfg) if entry.paths[0] not in special]
     tensors = checkpoint_tensors(layout, cfg, params)
     for leaf, weight in special.items():
@@ -93,6 +98,8 @@ def _arrays(weight: Any) -> dict[str, Any]:
     """Names the arrays of a weight that is no plain array; those of a base lie under "base"."""
     if isinstance(weight, QuantWeight):
         return {part: getattr(weight, part) for part in ("values", "scales", "zeros")}
+    if isinstance(weight, ScaledWeight):
+        return {part: getattr(weight, part) for part in ("values", "scales")}
     if isinstance(weight, LoraWeight):
         base = {f"base/{part}": x for part, x in _arrays(weight.base).items()}
         return base | {"a": weight.a, "b": weight.b}
@@ -103,6 +110,8 @@ def _describe(weight: Any) -> dict[str, Any]:
     """What model.json says of a weight beside its arrays."""
     if isinstance(weight, QuantWeight):
         return {"kind": "int4", "in_shape": weight.in_shape, "out_shape": weight.out_shape}
+    if isinstance(weight, ScaledWeight):
+        return {"kind": "scaled", "in_shape": weight.in_shape, "out_shape": weight.out_shape}
     if isinstance(weight, LoraWeight):
         return {"kind": "lora", "scale": weight.scale, "base": _describe(weight.base)}
     return {"kind": "array"}
@@ -116,14 +125,16 @@ def _read_weight(record: Any, read: Any, path: str, where: str) -> Any:
         if record["kind"] == "lora":
             base = _read_weight(record["base"], read, f"{path}/base", where)
             return LoraWeight(base, read(f"{path}/a"), read(f"{path}/b"), float(record["scale"]))
-        arrays = {part: read(f"{path}/{part}") for part in ("values", "scales", "zeros")}
+        kind, parts, rows_a_byte = _INTEGERS[record["kind"]]
+        arrays = {part: read(f"{path}/{part}") for part in parts}
         ins, outs = tuple(record["in_shape"]), tuple(record["out_shape"])
-        *_, half, columns = arrays["values"].shape
+        *_, rows, columns = arrays["values"].shape
     except (KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{where}: {path} is damaged or incomplete ({error!r}).") from error
-    if (2 * half, columns) != (math.prod(ins), math.prod(outs)):
-        raise Corrupt(f"{where}: {path} is {2 * half} x {columns}, model.json says {ins} x {outs}.")
-    return QuantWeight(**arrays, in_shape=ins, out_shape=outs)
+    rows *= rows_a_byte
+    if (rows, columns) != (math.prod(ins), math.prod(outs)):
+        raise Corrupt(f"{where}: {path} is {rows} x {columns}, model.json says {ins} x {outs}.")
+    return kind(**arrays, in_shape=ins, out_shape=outs)
 
 
 def read_upstream(folder: str | Path) -> dict[str, Any]:

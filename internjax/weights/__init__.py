@@ -11,7 +11,9 @@ from internjax.weights.kinds import (
     LoraWeight,
     PackedWeight,
     QuantWeight,
+    ScaledWeight,
     TurnedWeight,
+    WatchedWeight,
     Weight,
 )
 from internjax.weights.packing import pack
@@ -32,7 +34,9 @@ __all__ = [
     "LoraWeight",
     "PackedWeight",
     "QuantWeight",
+    "ScaledWeight",
     "TurnedWeight",
+    "WatchedWeight",
     "Weight",
     "as_matrix",
     "dequantize",

@@ -11,10 +11,12 @@ from internjax.weights.kinds import (
     LoraWeight,
     PackedWeight,
     QuantWeight,
+    ScaledWeight,
     TurnedWeight,
+    WatchedWeight,
     Weight,
 )
-from internjax.weights.packing import pack, unpacked
+from internjax.weights.packing import pack, pack_scaled, unpacked
 from internjax.weights.turning import unturned
 
 
@@ -28,10 +30,22 @@ def dequantize(w: QuantWeight, dtype) -> Array:
     return ((steps - zeros) * scales).reshape(*lead, *w.in_shape, *w.out_shape)
 
 
+def unscaled(w: ScaledWeight, dtype) -> Array:
+    """Expands to a plain array `[..., *in_shape, *out_shape]` of `dtype`."""
+    *lead, rows, out = w.values.shape
+    groups = w.scales.shape[-2]
+    values = w.values.reshape(*lead, groups, rows // groups, out).astype(dtype)
+    return (values * w.scales.astype(dtype)[..., None, :]).reshape(*lead, *w.in_shape, *w.out_shape)
+
+
 def plain(w: Weight, dtype) -> Array:
     """Returns any kind of weight as one array of `dtype`: adapters merged, integers expanded."""
     if isinstance(w, QuantWeight):
         return dequantize(w, dtype)
+    if isinstance(w, ScaledWeight):
+        return unscaled(w, dtype)
+    if isinstance(w, WatchedWeight):
+        return plain(w.base, dtype)
     if isinstance(w, TurnedWeight):
         return unturned(w, dtype)
     if isinstance(w, PackedWeight):
@@ -54,7 +68,7 @@ def _num_in(w: LoraWeight) -> int:
     """Returns how many dims are contracted: total dims of base are lead + in + out."""
     if isinstance(w.base, LoraWeight):
         return _num_in(w.base)
-    if isinstance(w.base, (QuantWeight, TurnedWeight, PackedWeight)):
+    if isinstance(w.base, (QuantWeight, ScaledWeight, TurnedWeight, PackedWeight)):
         return len(w.base.in_shape)
     # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
     lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
@@ -64,13 +78,18 @@ def _num_in(w: LoraWeight) -> int:
 def packed(w: Weight, activations: str, dtype) -> Weight:
     """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
 
-    4-bit integers in groups that the kernels do not serve are expanded, as plain arrays.
+    Integers in groups that the kernels do not serve, and 8-bit floats, are expanded, as plain
+    arrays.
     """
     if isinstance(w, PackedWeight):
         return w.replace(activations=activations)
     if isinstance(w, QuantWeight):
         group = math.prod(w.in_shape) // w.scales.shape[-2]
         return plain(w, dtype) if group % cpu_tiles.LANES else pack(w, activations)
+    if isinstance(w, ScaledWeight):
+        group = math.prod(w.in_shape) // w.scales.shape[-2]
+        fits = w.values.dtype == jnp.int8 and group % cpu_tiles.LANES == 0
+        return pack_scaled(w, activations) if fits else plain(w, dtype)
     if isinstance(w, LoraWeight):
         base = packed(w.base, activations, dtype)
         return w.replace(base=base, a=w.a.astype(dtype), b=w.b.astype(dtype))
@@ -83,7 +102,7 @@ def num_weights(w: Weight) -> int:
         return num_weights(w.base)
     if isinstance(w, QuantWeight):
         return 2 * math.prod(w.values.shape)
-    if isinstance(w, TurnedWeight):
+    if isinstance(w, (TurnedWeight, ScaledWeight)):
         return math.prod(w.values.shape)
     if isinstance(w, PackedWeight):
         layers = w.tiles.shape[0] if w.tiles.ndim == 4 and w.layer is None else 1

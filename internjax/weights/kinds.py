@@ -1,5 +1,7 @@
 """The kinds of weights: trees of arrays that stand where a plain one may stand."""
 
+from collections.abc import Callable
+
 from flax import struct
 from jax import Array
 
@@ -58,6 +60,35 @@ class TurnedWeight:
 
 
 @struct.dataclass
+class ScaledWeight:
+    """8-bit numbers with a scale for each group of inputs: w = values * scales.
+
+    Beside int8 numbers activations are rounded to int8, a scale a row and group, so that products
+    are those of integers (W8A8); e4m3 numbers are expanded (weights only).
+
+    Fields:
+      values: int8 or float8_e4m3fn `[..., I, O]`; scales: `[..., I/g, O]`.
+      in_shape, out_shape: natural shapes of I and O.
+    """
+
+    values: Leaf
+    scales: Leaf
+    in_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class WatchedWeight:
+    """A weight that shows the activations it is multiplied with to `see`, while tracing.
+
+    Made and used inside one traced function, whose calibration wants to know them.
+    """
+
+    base: Leaf
+    see: Callable[[Array], None] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Fp8Weight:
     """A plain weight whose products are made in 8-bit floating point (`kernels/fp8.py`)."""
 
@@ -88,4 +119,13 @@ class PackedWeight:
         return self.replace(layer=layer)
 
 
-type Weight = Array | LoraWeight | QuantWeight | TurnedWeight | PackedWeight | Fp8Weight
+type Weight = (
+    Array
+    | LoraWeight
+    | QuantWeight
+    | ScaledWeight
+    | TurnedWeight
+    | PackedWeight
+    | Fp8Weight
+    | WatchedWeight
+)

@@ -9,7 +9,7 @@ from jax import Array
 
 from internjax.kernels.cpu import tiles as cpu_tiles
 from internjax.kernels.cpu.matmul import quant_matmuls
-from internjax.weights.kinds import PackedWeight, QuantWeight
+from internjax.weights.kinds import PackedWeight, QuantWeight, ScaledWeight
 from internjax.weights.spec import rows_of
 
 
@@ -34,6 +34,24 @@ def pack(w: QuantWeight, activations: str = "int8") -> PackedWeight:
         layers.append(cpu_tiles.pack(nibbles, steps.T, (-zero * steps).T))
     tiles = jnp.asarray(np.stack(layers).reshape(*lead, *layers[0].shape))
     return PackedWeight(tiles, 4, w.in_shape, w.out_shape, None, activations)
+
+
+def pack_scaled(w: ScaledWeight, activations: str = "int8") -> PackedWeight:
+    """Lays an int8 weight out for the CPU kernels; scales become float16.
+
+    Raises:
+      ValueError: the kernels do not serve the group size, or a scale is beyond float16.
+    """
+    lead, shape = w.values.shape[:-2], (-1, *w.values.shape[-2:])
+    values, scales = np.asarray(w.values), np.asarray(w.scales, np.float32)
+    layers = [
+        cpu_tiles.pack(np.ascontiguousarray(codes.T), steps.T)
+        for codes, steps in zip(
+            values.reshape(shape), scales.reshape(-1, *scales.shape[-2:]), strict=True
+        )
+    ]
+    tiles = jnp.asarray(np.stack(layers).reshape(*lead, *layers[0].shape))
+    return PackedWeight(tiles, 8, w.in_shape, w.out_shape, None, activations)
 
 
 def alike(w: PackedWeight) -> tuple:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from internjax.collectives import Parallel
 from internjax.kernels.cpu import tiles as cpu_tiles
+from internjax.kernels.cpu.matmul import round_rows
 from internjax.kernels.fp8 import fp8_matmul
 from internjax.tree import wide
 from internjax.weights.forms import plain
@@ -19,7 +20,9 @@ from internjax.weights.kinds import (
     LoraWeight,
     PackedWeight,
     QuantWeight,
+    ScaledWeight,
     TurnedWeight,
+    WatchedWeight,
     Weight,
 )
 from internjax.weights.packing import alike, packed_einsums
@@ -42,6 +45,11 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     if isinstance(w, PackedWeight):
         (out,) = packed_einsums((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
         return out
+    if isinstance(w, WatchedWeight):
+        w.see(x)
+        return einsum(spec, x, w.base, widened=widened)
+    if isinstance(w, ScaledWeight) and w.values.dtype == jnp.int8:
+        return _scaled_einsum(spec, x, w, wide(x.dtype) if widened else x.dtype)
     if isinstance(w, (QuantWeight, TurnedWeight)) and not widened and on_tensor_cores(x, w):
         # Nothing but `w` is kept for the backward pass: it is turned again there.
         return jax.checkpoint(partial(turned_einsum, spec))(x, w)
@@ -49,7 +57,7 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     product = lambda x, w: _contract(spec, x, plain(w, x.dtype), matmul)  # noqa: E731
     # Integers are expanded again for the backward pass: a layer's expanded weights, kept from its
     # forward pass, are the largest temporaries of QLoRA.
-    expands = isinstance(w, (QuantWeight, TurnedWeight))
+    expands = isinstance(w, (QuantWeight, TurnedWeight, ScaledWeight))
     return jax.checkpoint(product)(x, w) if expands else product(x, w)
 
 
@@ -68,6 +76,18 @@ def einsums(specs: Sequence[str], x: Array, ws: Sequence[Weight]) -> tuple[Array
     if all(isinstance(w, PackedWeight) for w in ws) and len({alike(w) for w in ws}) == 1:
         return packed_einsums(specs, x, ws, x.dtype)
     return tuple(einsum(spec, x, w) for spec, w in zip(specs, ws, strict=True))
+
+
+def _scaled_einsum(spec: str, x: Array, w: ScaledWeight, dtype) -> Array:
+    """Rounds activations to int8 by rows and groups; products of integers, sums in float32."""
+    lead, rows = rows_of(spec, x)
+    groups, columns = w.scales.shape
+    q, steps = round_rows(rows.astype(jnp.float32).reshape(len(rows), groups, -1))
+    values = w.values.reshape(groups, -1, columns)
+    dots = jnp.einsum("MGi,GiO->GMO", q, values, preferred_element_type=jnp.int32)
+    factors = steps.T[..., None] * w.scales.astype(jnp.float32)[:, None]
+    out = (dots.astype(jnp.float32) * factors).sum(axis=0)
+    return out.astype(dtype).reshape(*lead, *w.out_shape)
 
 
 def _adapted(spec: str, x: Array, w: LoraWeight, base: Array) -> Array:
