@@ -29,6 +29,8 @@ class EngineConfig:
         into plain float arrays once, "pack" lays integers out for the CPU kernels, "turn" for those
         of Hopper GPUs. "auto" packs or turns where those run; on a CPU without them it expands, for
         unpacking at every step costs more than reading the floats.
+      speculate: guesses a step checks for every request, 0 for none: of the draft model if the
+        engine is given one, else of what followed the same words before.
       invariant: no bit of an answer depends on what was cached, how a prompt was cut, or whether a
         request was computed anew. The CPU kernels over packed weights see to that by themselves;
         elsewhere prompts go through the decoding step, token by token, which is slower.
@@ -47,13 +49,14 @@ class EngineConfig:
     attend_tokens: int = 65536
     weights: str = "auto"
     activations: str = "int8"
+    speculate: int = 0
     invariant: bool = False
 
     def __post_init__(self):
         for name in ("slots", "block", "max_waiting", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        for name in ("blocks", "attend_tokens"):
+        for name in ("blocks", "attend_tokens", "speculate"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 0.")
         if self.blocks > 1 and self.blocks != int(self.blocks):
@@ -79,6 +82,7 @@ class EngineStats:
       prefix_tokens: prompt tokens found in the cache; preempted: times a request had to give its
         blocks back; poisoned: requests failed for NaN or infinite logits.
       programs: compiled shapes in use; recompilations: those met after the warm-up.
+      guessed, accepted: tokens that speculation guessed, and those that were right.
       grammar_seconds: what the engine's thread spent on masks for `grammar_tokens` tokens; steps
         with a constrained request also wait for the step before.
       blocks, held_blocks, cached_blocks: of the cache, now: all, used by requests, kept for others.
@@ -97,6 +101,8 @@ class EngineStats:
     poisoned: int = 0
     programs: int = 0
     recompilations: int = 0
+    guessed: int = 0
+    accepted: int = 0
     grammar_tokens: int = 0
     grammar_seconds: float = 0.0
     blocks: int = 0

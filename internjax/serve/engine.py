@@ -25,6 +25,7 @@ from internjax.serve.bans import ban_row, request_bans
 from internjax.serve.blocks import BlockPool
 from internjax.serve.budget import count_blocks
 from internjax.serve.config import EngineConfig, EngineStats
+from internjax.serve.drafts import DraftModel, PromptLookup, check_draft, may_guess
 from internjax.serve.grammar import GrammarFailed, Grammars
 from internjax.serve.prepare import prepare_params
 from internjax.serve.programs import CHUNKS, Piece, Programs
@@ -40,7 +41,17 @@ class Engine:
     `submit` and `cancel` may be called from any thread, everything else from the engine's own.
     """
 
-    def __init__(self, model: Model, config: EngineConfig | None = None):
+    def __init__(
+        self, model: Model, config: EngineConfig | None = None, *, draft: Model | None = None
+    ):
+        """Allocates the cache and readies the weights.
+
+        Args:
+          draft: a smaller model of the same vocabulary, whose guesses `speculate` checks.
+
+        Raises:
+          UserError: settings that do not fit the model, or a draft of another vocabulary.
+        """
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
@@ -55,6 +66,10 @@ class Engine:
         self._pending: deque[tuple[Sampled, list[Piece]]] = deque()
         sizes = self.context, pool.total
         self.programs = Programs(self.cfg, config, self.params, *sizes, self.stats)
+        self._guesser = None
+        if draft is not None and config.speculate:
+            check_draft(model, draft)
+            self._guesser = DraftModel(draft, config, *sizes, self.stats)
 
     # Called from any thread -------------------------------------------------------------------
 
@@ -132,9 +147,11 @@ class Engine:
         if constrained := [r for r in self.scheduler.to_decode() if r.matcher]:
             self._read(keep=0)
             self._fill_masks(r for r in constrained if not r.finish_reason)
+        if self.config.speculate:
+            self._read(keep=0)
         pieces = self._decoding()
         if self.programs.one_way:
-            pieces += self._prompts(self.programs.sizes[-1] - len(pieces))
+            pieces += self._prompts(self.programs.sizes[-1] - sum(len(p.tokens) for p in pieces))
         if pieces:
             self._pending.append((self.programs.step(self.params, pieces), pieces))
             self.stats.steps += 1
@@ -152,6 +169,8 @@ class Engine:
             self._finish(request, "error", error=error)
         self.scheduler.pool.forget()
         self.programs.reset()
+        if self._guesser:
+            self._guesser.programs.reset()
         self._count_blocks()
 
     def set_params(self, params: Params) -> None:
@@ -173,6 +192,8 @@ class Engine:
         assert not self.in_flight(), "warm_up needs an idle engine"
         asked = (SamplingParams(), SamplingParams(logit_bias={0: 0.0}))
         rows = [self._row(params, (0,), (), 0) for params in asked]
+        if self._guesser:
+            self._guesser.warm_up(rows)
         return self.programs.warm_up(self.params, rows)
 
     def _prefill_some(self) -> None:
@@ -186,7 +207,8 @@ class Engine:
                     continue
             waits = self.programs.one_way  # for `_prompts`
             while request.to_prefill and tokens > 0 and attended > 0 and not waits:
-                size = self.programs.prefill(self.params, request)
+                count, size = self.programs.prefill(self.params, request)
+                request.prefilled += count
                 self.scheduler.name_full(request, request.prefilled)
                 tokens, attended = tokens - size, attended - size * request.prefilled
             if not request.to_prefill:
@@ -203,6 +225,8 @@ class Engine:
     def _seat(self, request: Request) -> None:
         row = self._row(request.params, request.prompt, request.output, request.seed)
         self.programs.seat(request.slot, row)
+        if self._guesser:
+            self._guesser.prefill(request)
         request.seated = True
 
     def _fill_masks(self, requests: Iterable[Request]) -> None:
@@ -230,13 +254,30 @@ class Engine:
                 with self.work:
                     self.scheduler.preempt(self.scheduler.youngest())
                 self.stats.preempted += 1
+        batch = self.scheduler.to_decode()
+        guesses = self._guesses(batch) if self.config.speculate else {}
         pieces = []
-        for request in self.scheduler.to_decode():
+        for request in batch:
             known = request.dispatched == len(request.output)
             token = request.tokens[-1] if known else -1
-            pieces.append(Piece(request, (token,), request.length))
+            more = guesses.get(request.id, ())
+            pieces.append(Piece(request, (token, *more), request.length))
             request.dispatched += 1
+            self.stats.guessed += len(more)
         return pieces
+
+    def _guesses(self, batch: list[Request]) -> dict[int, Sequence[int]]:
+        """Returns guesses by request; only for as many tokens as it may still get room for."""
+        room = {}
+        for request in filter(may_guess, batch):
+            left = request.params.max_tokens - len(request.output) - 1
+            room[request] = min(self.config.speculate, left)
+        wanted = [(r, n) for r, n in room.items() if n > 0 and self._grow(r, n)]
+        if self._guesser:
+            return self._guesser.guess(wanted)
+        for request, _ in wanted:
+            request.lookup = request.lookup or PromptLookup()
+        return {r.id: r.lookup.guess(r.tokens, n) for r, n in wanted}
 
     def _prompts(self, room: int) -> list[Piece]:
         """Returns tokens of the oldest prompts for the rows of a step that are left over."""
@@ -251,9 +292,9 @@ class Engine:
                 self.scheduler.name_full(request, request.prefilled)
         return pieces
 
-    def _grow(self, request: Request) -> bool:
+    def _grow(self, request: Request, guesses: int = 0) -> bool:
         with self.work:
-            return self.scheduler.grow(request, request.length + 1)
+            return self.scheduler.grow(request, request.length + 1 + guesses)
 
     def _row(
         self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], seed: int
@@ -278,18 +319,25 @@ class Engine:
             asked = any(p.request.params.logprobs is not None for p in pieces)
             rivals = jax.device_get((out.logprob, out.top_ids, out.top_logprobs)) if asked else None
             for piece in pieces:
-                request, row = piece.request, piece.row
-                if (
-                    request.finish_reason or not piece.chooses
-                ):  # ended while this step was on its way
-                    continue
-                if not finite[row]:
-                    self._poisoned(request)
-                elif not allowed[row]:
-                    message = "bad_words and the grammar together allow no token here"
-                    self._finish(request, "error", error=message)
-                else:
-                    self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
+                for row in range(piece.row, piece.row + len(piece.tokens)):
+                    if not piece.chooses or piece.request.finish_reason:
+                        break  # a piece of a prompt; or ended while this step was on its way
+                    if row > piece.row:
+                        if piece.tokens[row - piece.row] != piece.request.output[-1]:
+                            break  # a wrong guess: so are all behind it
+                        piece.request.dispatched += 1
+                        self.stats.accepted += 1
+                    self._judge(piece.request, row, tokens, finite, allowed, rivals)
+
+    def _judge(self, request: Request, row: int, tokens, finite, allowed, rivals) -> None:
+        """Takes a row's choice, or fails the request that it cannot be taken for."""
+        if not finite[row]:
+            self._poisoned(request)
+        elif not allowed[row]:
+            message = "bad_words and the grammar together allow no token here"
+            self._finish(request, "error", error=message)
+        else:
+            self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
 
     def _take(self, request: Request, token: int, logprob: IdLogprob | None) -> None:
         """Books one new token of a request and tells its owner."""

@@ -64,7 +64,7 @@ class Programs:
         alone = whole and rows_stand_alone(params)
         self.one_way = config.invariant and not alone
         self.attends = (context,) if whole or self.one_way else attend_buckets(context)
-        most = config.slots
+        most = config.slots * (1 + config.speculate)
         smaller = [4**i for i in range(20) if 4**i < most] if alone else []
         self.sizes = (*smaller, most)
         self.warm = False
@@ -81,8 +81,8 @@ class Programs:
         zeros = lambda n: (jnp.zeros((n, self._words), jnp.uint32), jnp.zeros(n, bool))  # noqa: E731
         self._no_mask = {size: zeros(size) for size in self.sizes}
 
-    def prefill(self, params: Params, request: Request) -> int:
-        """Prefills the next piece of a request; returns the tokens that were run, padding too."""
+    def prefill(self, params: Params, request: Request) -> tuple[int, int]:
+        """Prefills the next piece of a request; returns its length without and with padding."""
         size = pick_bucket(request.to_prefill, CHUNKS)
         start, count = request.prefilled, min(size, request.to_prefill)
         tokens = np.zeros(size, np.int32)
@@ -91,8 +91,7 @@ class Programs:
         if start + size > attend:  # a padded piece would stick out of the last bucket
             tokens = tokens[:count]
         self._prefill(params, self._table([request.blocks]), tokens, start, request.freq, attend)
-        request.prefilled += count
-        return len(tokens)
+        return count, len(tokens)
 
     def seat(self, slot: int, row: dict) -> None:
         """Gives a slot its request's sampling parameters."""

@@ -57,6 +57,7 @@ class Request:
       emit: called in the engine's thread with every `Delta`; must not block.
       text: turns ids into certain text (`text.TextStream`); matcher: follows the grammar;
         mask: the tokens that it allows next, packed `[W]`.
+      lookup: guesses from its own text, see `drafts.PromptLookup`.
       freq: rotary frequencies `[H/2]`; salt: all that decides its keys and values besides the
         tokens, see `blocks.block_key`.
       slot: where it lives, None while it waits; prefilled: positions already cached.
@@ -74,6 +75,7 @@ class Request:
     text: object = None
     matcher: object = None
     mask: object = None
+    lookup: object = None
     freq: object = None
     salt: bytes = b""
     slot: int | None = None
