@@ -228,7 +228,7 @@ def test_generate_continues_and_streams(client, http):
     assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
     assert [i for chunk in chunks for i in chunk["output_ids"]] == whole["output_ids"]
     for wrong in ({}, {"prompt": "a", "input_ids": [1]}, {"prompt": "a", "image_data": "x"},
-                  {"prompt": "a", "skip_special_tokens": False}):  # fmt: skip
+                  {"prompt": "a", "spaces_between_special_tokens": False}):  # fmt: skip
         assert http.post("/generate", json=wrong).status_code == 400
 
 
@@ -291,6 +291,7 @@ def test_a_session_is_cancelled_and_goes_on(http):
     assert last["finish_reason"] == "abort"
     assert last["tokens"] < 450
     after = interact(http, "and now?", session=31).json()
+    assert "error" not in after, after
     assert after["history_tokens"] == last["tokens"] + last["input_tokens"]
     assert interact(http, "", session=-1, cancel=True).status_code == 400
 
