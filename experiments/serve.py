@@ -29,10 +29,8 @@ class ServeRun:
 def main(raw: DictConfig) -> None:
     """Loads, listens, serves, drains."""
     cfg = build(ServeRun, raw)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    for noisy in ("jax", "httpx", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    _log_requests_bare()
+    _write_log("internjax", "%(asctime)s %(name)s %(message)s")
+    _write_log("internjax.requests", "%(message)s")  # a line of JSON and nothing else
     enable_compilation_cache()
 
     from internjax.models.load import load
@@ -48,13 +46,14 @@ def main(raw: DictConfig) -> None:
     print("stopped.", flush=True)
 
 
-def _log_requests_bare() -> None:
-    """Lets a request's line be JSON and nothing else."""
+def _write_log(name: str, form: str) -> None:
+    """Sends a logger's lines to standard error; the root's handlers are those of libraries."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    requests = logging.getLogger("internjax.requests")
-    requests.addHandler(handler)
-    requests.propagate = False
+    handler.setFormatter(logging.Formatter(form))
+    log = logging.getLogger(name)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 if __name__ == "__main__":  # the same program as `internjax serve`

@@ -23,8 +23,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_exist(page):
     """Every `internjax ...` line of a page is understood by the command line's own parser."""
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    blocks = [block for language, block in found if not language]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     lines += re.findall(r"`(internjax [^`|]*)`", text)
     for line in lines:

@@ -228,7 +228,7 @@ def test_generate_continues_and_streams(client, http):
     assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
     assert [i for chunk in chunks for i in chunk["output_ids"]] == whole["output_ids"]
     for wrong in ({}, {"prompt": "a", "input_ids": [1]}, {"prompt": "a", "image_data": "x"},
-                  {"prompt": "a", "skip_special_tokens": False}):  # fmt: skip
+                  {"prompt": "a", "spaces_between_special_tokens": False}):  # fmt: skip
         assert http.post("/generate", json=wrong).status_code == 400
 
 
@@ -279,7 +279,7 @@ def test_sessions_remember(client, http):
 
 def test_a_session_is_cancelled_and_goes_on(http):
     body = {"prompt": "go", "session_id": 31, "interactive_mode": True, "stream": True,
-            "request_output_len": 900, "ignore_eos": True}  # fmt: skip
+            "request_output_len": 450, "ignore_eos": True}  # fmt: skip
     with http.stream("POST", "/v1/chat/interactive", json=body) as stream:
         lines = stream.iter_lines()
         next(lines)
@@ -289,7 +289,29 @@ def test_a_session_is_cancelled_and_goes_on(http):
         assert interact(http, "", session=31, cancel=True).status_code == 200
         last = json.loads(list(lines)[-1])
     assert last["finish_reason"] == "abort"
-    assert last["tokens"] < 900
+    assert last["tokens"] < 450
     after = interact(http, "and now?", session=31).json()
+    assert "error" not in after, after
     assert after["history_tokens"] == last["tokens"] + last["input_tokens"]
     assert interact(http, "", session=-1, cancel=True).status_code == 400
+
+
+def test_the_end_token_is_scored_too(model, client, http):
+    """A harness drops the last entry, that of the one new token: it must be there, end or not."""
+    info = http.get("/tokenizer_info").json()
+    end = http.post("/tokenize", json={"prompt": info["eos_token"]}).json()["tokens"]
+    assert end == [model.tokenizer.eos_id]
+    options = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    said = client.completions.create(
+        model="tiny", prompt=[97, 98], logit_bias={str(end[0]): 100}, **options
+    ).choices[0]
+    assert said.finish_reason == "stop"
+    assert len(said.logprobs.tokens) == len(said.logprobs.token_logprobs) == 3
+    assert said.logprobs.tokens[-1] == info["eos_token"]
+
+
+def test_a_repeated_prompt_is_found_in_the_cache(client):
+    options = {"model": "tiny", "prompt": "cached " * 40, "max_tokens": 2}
+    first, second = (client.completions.create(**options).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert second.prompt_tokens_details.cached_tokens >= 128

@@ -24,13 +24,16 @@ class Answer:
 
     Fields:
       plan: whether tool calls are to be read out of it.
-      text, tokens, logprobs: all so far; a token that ended the answer has no entry in `logprobs`.
+      keeps_end: whether a token that ended the answer has an entry in `logprobs`: in raw
+        completions, not in chats.
+      text, tokens, logprobs: all so far.
       total_logprob: of all tokens, that one too (nats), as far as they were asked for.
       sent: letters of the words that a stream has handed out.
     """
 
     tokenizer: Tokenizer
     plan: ToolPlan = NO_TOOLS
+    keeps_end: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[IdLogprob] = field(default_factory=list)
@@ -57,7 +60,8 @@ class Answer:
         self.text += delta.text
         self.tokens += delta.tokens
         self.total_logprob += sum(entry.logprob for entry in delta.logprobs)
-        self.logprobs += delta.logprobs[:-1] if delta.by_token else delta.logprobs
+        ends = delta.by_token and not self.keeps_end
+        self.logprobs += delta.logprobs[:-1] if ends else delta.logprobs
         self.finish_reason = delta.finish_reason
         if self._reader:
             self._reader.push(delta.text)
@@ -116,12 +120,13 @@ def best(answers: Sequence[Answer], keep: int) -> list[int]:
     return sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob)[:keep]
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The API's account of one request."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """The API's account of one request; `cached_tokens` of the prompt were not computed anew."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

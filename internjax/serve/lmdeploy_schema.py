@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from internjax.models.lm import SamplingParams
-from internjax.serve.schema import Body, SamplingBody, Text, TokenIds
+from internjax.serve.schema import Body, Repetition, SamplingBody, Temperature, Text, TokenIds, TopK
 
 
 class LmdeployBody(Body):
@@ -13,11 +13,11 @@ class LmdeployBody(Body):
 
     stream: bool = False
     stop: Text | list[Text] | None = None
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: TopK = 0
     min_p: float = Field(default=0.0, ge=0, lt=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: Repetition | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
     skip_special_tokens: bool | None = True
@@ -59,9 +59,9 @@ class InteractiveBody(LmdeployBody):
     cancel: bool | None = False
     adapter_name: str | None = None
     min_new_tokens: int | None = Field(default=None, ge=0)
-    temperature: float = Field(default=0.8, ge=0)
+    temperature: Temperature = 0.8
     top_p: float = Field(default=0.8, gt=0, le=1)
-    top_k: int = Field(default=40, ge=-1)
+    top_k: TopK = 40
 
     def messages(self) -> list[dict[str, Any]]:
         """Returns the turn as messages."""

@@ -15,8 +15,8 @@ from internjax.serve.thread import EngineThread, Timing
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
-GAUGES = ("max_in_flight", "programs")
-"""Fields of `EngineStats` that are states, like all that begin with `blocks_`; others only grow."""
+GAUGES = ("max_in_flight", "programs", "blocks", "held_blocks", "cached_blocks")
+"""Fields of `EngineStats` that are states; all others only grow."""
 
 
 class Metrics:
@@ -78,24 +78,17 @@ class _EngineState:
         engine = self.engine
         counters = asdict(engine.stats)
         for name, value in counters.items():
-            kind = GaugeMetricFamily if _is_gauge(name) else CounterMetricFamily
+            kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
             words = f"{name.replace('_', ' ').capitalize()}, as the engine counts."
             yield kind(f"internjax_{name}", words, value)
         with engine.work:
-            running, waiting = engine.scheduler.running(), len(engine.scheduler.waiting)
-            held = sum(request.length for request in running)
-        share = held / (engine.config.slots * engine.context)
-        if counters.get("blocks_total"):
-            share = counters["blocks_held"] / counters["blocks_total"]
+            running, waiting = len(engine.scheduler.running()), len(engine.scheduler.waiting)
+        share = counters["held_blocks"] / counters["blocks"]
         states = {
-            "in_flight": ("Requests that wait or run.", len(running) + waiting),
-            "running": ("Requests that hold a slot.", len(running)),
+            "in_flight": ("Requests that wait or run.", running + waiting),
+            "running": ("Requests that hold a slot.", running),
             "waiting": ("Requests in the queue.", waiting),
             "kv_used_share": ("Share of the cache that running requests hold.", share),
         }
         for name, (words, value) in states.items():
             yield GaugeMetricFamily(f"internjax_{name}", words, value)
-
-
-def _is_gauge(name: str) -> bool:
-    return name in GAUGES or name.startswith("blocks_")

@@ -30,7 +30,10 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
         if special:
             log.info("expanding %d packed or adapted weights to %s", len(special), dtype)
         expand = lambda x: plain(x, jnp.dtype(dtype)) if _is_weight(x) else x  # noqa: E731
+        lies_as_head = isinstance(params["embed"], PackedWeight)  # see `weights.take`
         params = jax.tree.map(expand, params, is_leaf=_is_weight)
+        if lies_as_head:
+            params = {**params, "embed": params["embed"].T}
     elif how == "pack":
         fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
         params = jax.tree.map(fit, params, is_leaf=_is_weight)

@@ -15,6 +15,7 @@ from internjax.serve.schema import (
     Function,
     JsonSchema,
     ResponseFormat,
+    Temperature,
     Text,
     Tool,
 )
@@ -46,7 +47,7 @@ class ResponseBody(Body):
     input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     text: TextConfig | None = None
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)

@@ -14,6 +14,13 @@ from internjax.models.lm import SamplingParams
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 TokenIds = Annotated[list[int], Field(max_length=1 << 20)]
 
+# Bounds that the sampler's float32 and int32 hold: beyond them one request would fail all others.
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopK = Annotated[int, Field(ge=-1, lt=1 << 31)]
+Repetition = Annotated[float, Field(ge=0.01, le=100)]
+COLDEST = 1e-4
+"""Temperatures below are 0: quotients would overflow, and the likeliest token wins anyway."""
+
 
 class Body(BaseModel):
     """A request body; an unknown field is an error."""
@@ -54,9 +61,9 @@ class SamplingBody(Body):
 
     model: str
     max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: TopK | None = None
     min_p: float | None = Field(default=None, ge=0, lt=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
     min_tokens: int | None = Field(default=None, ge=0)
@@ -66,7 +73,7 @@ class SamplingBody(Body):
     skip_special_tokens: bool | None = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: Repetition | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = None
     stop: Text | list[Text] | None = None
@@ -116,10 +123,11 @@ class SamplingBody(Body):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         # Choices of one request differ by their seeds; the first has the seed as it was given.
         seed = None if self.seed is None else self.seed + 0x9E3779B1 * index
+        heat = 1.0 if self.temperature is None else self.temperature
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
+                temperature=heat if heat >= COLDEST else 0.0,
                 top_k=max(self.top_k or 0, 0),
                 seed=seed,
                 stop=stop,

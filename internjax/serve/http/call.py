@@ -17,6 +17,7 @@ class Call:
     Fields:
       id: in the header `x-request-id`, in every error and in the log.
       key: name of the API key, never the key; caller: whose allowance it takes.
+      cached_tokens: of the prompt, found in the cache.
       reserved: tokens taken of that allowance.
       prompt, answer: text, written down only if the operator asks for it.
     """
@@ -28,6 +29,7 @@ class Call:
     caller: str = ""
     model: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     reserved: int = 0
     finish_reasons: list[str] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Call:
             "status": self.status,
             "model": self.model,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
             "seconds": round(time.monotonic() - self.started, 4),
             "finish_reason": ",".join(self.finish_reasons),

@@ -51,7 +51,7 @@ async def chat(service: Service, body: ChatBody, http: Request) -> Response:
     await collect(service, ticket, answers, http)
     with_logprobs = turn.logprobs is not None
     choices = [chat_choice(i, a, logprobs=with_logprobs) for i, a in enumerate(answers)]
-    spent = usage(len(turn.ids), sum(len(a.tokens) for a in answers))
+    spent = usage(len(turn.ids), call.completion_tokens, call.cached_tokens)
     return JSONResponse({**head, "choices": choices, "usage": spent})
 
 
@@ -114,5 +114,5 @@ async def _chat_chunks(
         if answer.finish_reason:
             yield chunk(index, {}, answer.result()[2])
     if body.wants_usage:
-        spent = usage(call.prompt_tokens, sum(len(a.tokens) for a in answers))
+        spent = usage(call.prompt_tokens, call.completion_tokens, call.cached_tokens)
         yield {**head, "choices": [], "usage": spent}

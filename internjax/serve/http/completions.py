@@ -37,7 +37,7 @@ async def completions(service: Service, body: CompletionBody, http: Request) -> 
     scores = [await _echo(service, body, ids) for ids in prompts]
     echoes = [echo for echo in scores for _ in range(body.several)]
     ticket = await submit(service, call, jobs, counted)
-    answers = [Answer(service.tokenizer) for _ in echoes]
+    answers = [Answer(service.tokenizer, keeps_end=True) for _ in echoes]
     head = head_of(served.name, "cmpl", "text_completion")
     if body.stream:
         chunks = _completion_chunks(service, call, body, ticket, answers, echoes, head)
@@ -48,7 +48,7 @@ async def completions(service: Service, body: CompletionBody, http: Request) -> 
     choices = [
         _completion_choice(service, body, i, answers[at], echoes[at]) for i, at in enumerate(kept)
     ]
-    spent = usage(counted, sum(len(a.tokens) for a in answers))
+    spent = usage(counted, call.completion_tokens, call.cached_tokens)
     return JSONResponse({**head, "choices": choices, "usage": spent})
 
 
@@ -138,5 +138,5 @@ async def _completion_chunks(
             ids = [entry.id for entry in new]
             yield chunk(index, delta.text, delta.finish_reason, new, ids, offset)
     if body.wants_usage:
-        spent = usage(call.prompt_tokens, sum(len(a.tokens) for a in answers))
+        spent = usage(call.prompt_tokens, call.completion_tokens, call.cached_tokens)
         yield {**head, "choices": [], "usage": spent}

@@ -45,6 +45,20 @@ def add_info(app: FastAPI, service: Service) -> None:
             ids = await _encode(service, body.prompt, body.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What evaluation harnesses ask before they let the server tokenize."""
+        tokenizer = service.tokenizer
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        names = {
+            f"{role}_token": None if i is None else tokenizer.token_bytes(i).decode()
+            for role, i in ids.items()
+        }
+        template = tokenizer.chat_template
+        return JSONResponse(
+            {**names, "add_bos_token": tokenizer.adds_bos, "chat_template": template}
+        )
+
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Response:
         _check_model(service, body.model)

@@ -116,6 +116,8 @@ async def _answer(
     before, new = talk.tokens, max(0, len(ids) - talk.tokens)
 
     def close() -> None:
+        if talk.ticket is not ticket:  # it was closed before its last line was sent
+            return
         talk.ticket = None
         if answer.finish_reason:  # else it failed or its client left: the turn may be asked again
             talk.messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -124,6 +126,8 @@ async def _answer(
             service.sessions.drop(call.caller, name)
 
     def turn(text: str) -> dict[str, Any]:
+        if answer.finish_reason:  # who has read the last line may ask on at once
+            close()
         return _turn(text, len(answer.tokens), new, before, answer.finish_reason)
 
     if body.stream:

@@ -13,7 +13,7 @@ from internjax.serve.answers import Answer, AnswerCancelled, AnswerFailed
 from internjax.serve.http.call import Call, call_of
 from internjax.serve.http.errors import ApiError
 from internjax.serve.http.service import Served, Service
-from internjax.serve.scheduler import Delta, QueueFull
+from internjax.serve.scheduler import Delta, QueueFull, Request as EngineRequest
 from internjax.serve.thread import EngineClosed, Job, Ticket
 
 
@@ -87,6 +87,7 @@ async def follow(service: Service, call: Call, ticket: Ticket) -> AsyncIterator[
             call.answer += delta.text
         if delta.finish_reason:
             call.finish_reasons.append(delta.finish_reason)
+            call.cached_tokens = max(call.cached_tokens, _cached(ticket.requests[index]))
         yield index, delta
 
 
@@ -148,6 +149,11 @@ async def beside(service: Service, work: Callable, *args) -> Any:
             return await asyncio.to_thread(work, *args)
     finally:
         service.aside.waiting -= 1
+
+
+def _cached(request: EngineRequest) -> int:
+    """Positions of the prompt found in the cache; after a preemption they were its own."""
+    return 0 if request.preempted else request.reused
 
 
 async def _left(http: Request) -> None:

@@ -275,7 +275,7 @@ def _text_config(body: ResponseBody) -> dict[str, Any]:
 def _usage(call: Call) -> dict[str, Any]:
     return {
         "input_tokens": call.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": call.cached_tokens},
         "output_tokens": call.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": call.used,
