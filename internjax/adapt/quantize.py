@@ -17,6 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from internjax.adapt.awq import AwqConfig, awq_layer
@@ -75,7 +76,7 @@ def compress(model: Model, cfg: QuantConfig) -> Params:
     return quantize_on(model, cfg, calibration_rows(model, cfg.calibration))
 
 
-def quantize_on(model: Model, cfg: QuantConfig, rows: Int[Array, "S T"]) -> Params:
+def quantize_on(model: Model, cfg: QuantConfig, rows: Int[Array | np.ndarray, "S T"]) -> Params:
     """Rounds by a method that looks at activations, those of `rows` of token ids.
 
     Raises: UserError: a target is no plain array, the group does not fit, the model has experts.
