@@ -6,8 +6,8 @@ AutoGPTQ's and GPTQModel's `pack`):
 * awq: qweight int32 `[I, O/8]` and qzeros `[I/g, O/8]`, the eight nibbles of a word being columns
   0, 2, 4, 6, 1, 3, 5, 7 from the lowest on; scales float16 `[I/g, O]`;
 * gptq: qweight int32 `[I/8, O]`, inputs in order from the lowest nibble on; qzeros `[I/g, O/8]` in
-  order, in its first format less 1 in every nibble; scales as above; g_idx int32 `[I]`, the group of
-  every input.
+  order, in its first format less 1 in every nibble; scales as above; g_idx int32 `[I]`, the group
+  of every input.
 
 Knows no methods: it lays out integers that are there.
 """
