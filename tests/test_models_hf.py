@@ -97,7 +97,7 @@ def test_yarn_reads_every_key_and_writes_it_back():
     ("changes", "message"),
     [
         ({"model_type": "gpt_neox"}, "model_type 'gpt_neox'; legal are internlm, internlm2"),
-        ({"quantization_config": {"bits": 4}}, "is quantized"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized by 'fp8'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope type 'longrope'; legal are"),

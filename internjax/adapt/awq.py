@@ -22,6 +22,8 @@ from internjax.errors import UserError
 from internjax.tree import Params
 from internjax.weights import QuantWeight
 
+SAMPLED = 256  # outputs of a projection, at most, on which scales are tried
+
 
 @dataclass(frozen=True)
 class AwqConfig:
@@ -70,9 +72,11 @@ def _search(
     steps: int,
 ) -> Float[Array, " C"]:
     """Returns the scales of the source's channels with the least error of the outputs."""
-    weights = [matrix(layer[name], name) for name in names if name in targets]
+    chosen = [matrix(layer[name], name) for name in names if name in targets]
+    # Every output has grids of its own, so some of them tell what the others would.
+    weights = [w[:, :: -(-w.shape[1] // SAMPLED)] for w in chosen]
     mean_x = jnp.maximum(shared(seen.mean, source, layer), 1e-8)
-    relative = [_relative(w, group) for w in weights]
+    relative = [_relative(w, group) for w in chosen]
     mean_w = shared(jnp.stack(relative).mean(axis=0), source, layer)
 
     def candidate(exponent: Array) -> Array:
@@ -102,9 +106,7 @@ def _round_trip(w: Float[Array, "I O"], group: int) -> Float[Array, "I O"]:
     return values_of(codes_on(groups, *grid), *grid).reshape(w.shape)
 
 
-def _rounded(
-    w: Array, name: str, gram: Float[Array, "I I"], group: int, clip: bool
-) -> QuantWeight:
+def _rounded(w: Array, name: str, gram: Float[Array, "I I"], group: int, clip: bool) -> QuantWeight:
     """Rounds one projection, the ends of each grid where the group's own error is least."""
     groups, ins, outs = grouped(w, NUM_IN[name], group)
     low, high = groups.min(axis=1), groups.max(axis=1)

@@ -43,9 +43,7 @@ type Treat = Callable[[Params, dict[str, Inputs]], Params]
 """One layer's parameters and the inputs of its projections, by name -> what it becomes."""
 
 
-def by_layers(
-    params: Params, cfg: ModelConfig, rows: Int[Array, "S T"], treat: Treat
-) -> Params:
+def by_layers(params: Params, cfg: ModelConfig, rows: Int[Array, "S T"], treat: Treat) -> Params:
     """Changes one layer after the other; each sees its inputs in the model changed so far.
 
     Raises: UserError: the model is a mixture of experts, whose experts see few tokens each.
@@ -80,7 +78,9 @@ def inputs_of(layer: Params, states: list[Float[Array, "B T D"]], cfg: ModelConf
 @partial(jax.jit, static_argnames="cfg")
 def _watch(layer: Params, x: Array, cfg: ModelConfig) -> dict[str, Inputs]:
     seen: dict[str, Array] = {}
-    watched = {n: WatchedWeight(layer[n], partial(seen.__setitem__, n)) for n in set(READS.values())}
+    watched = {
+        n: WatchedWeight(layer[n], partial(seen.__setitem__, n)) for n in set(READS.values())
+    }
     run_layers((layer | watched,), x, cfg)
     return {name: _statistics(y, NUM_IN[name]) for name, y in sorted(seen.items())}
 

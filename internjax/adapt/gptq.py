@@ -10,9 +10,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from internjax.adapt.calibrate import Inputs
+from internjax.adapt.calibrate import READS, Inputs
 from internjax.adapt.folding import matrix
 from internjax.adapt.lora import NUM_IN
 from internjax.adapt.rounding import STEPS, grouped, integer_grid, quant_weight
@@ -49,39 +49,56 @@ def gptq_layer(
 
     Raises: UserError: the Gram matrix of the inputs has no inverse with this damping.
     """
-    rounded = {}
+    rounded, factors = {}, {}
     for name in targets:
-        w = layer[name]
+        w, read = layer[name], READS[name]
+        if read not in factors:
+            factors[read] = gptq_factor(inputs[name].gram, cfg)
+            if not bool(jnp.isfinite(factors[read][1]).all()):
+                raise UserError(
+                    f"{name}: the products of its inputs have no inverse; give more calibration"
+                    f" text or a larger gptq.damp than {cfg.damp}."
+                )
         ins, outs = w.shape[: NUM_IN[name]], w.shape[NUM_IN[name] :]
         grouped(w, NUM_IN[name], group)  # refuses a group that does not fit
-        codes, grid = gptq_matrix(matrix(w, name), inputs[name].gram, group, cfg)
-        if not bool(jnp.isfinite(grid[0].astype(jnp.float32)).all()):
-            raise UserError(
-                f"{name}: the products of its inputs have no inverse; give more calibration text or"
-                f" a larger gptq.damp than {cfg.damp}."
-            )
+        codes, grid = gptq_matrix(matrix(w, name), *factors[read], group, cfg.act_order)
         rounded[name] = quant_weight(codes, *grid, tuple(ins), tuple(outs))
     return {**layer, **rounded}
 
 
-@partial(jax.jit, static_argnames=("group", "cfg"))
-def gptq_matrix(
-    w: Float[Array, "I O"], gram: Float[Array, "I I"], group: int, cfg: GptqConfig
-) -> tuple[Array, tuple[Array, Array]]:
-    """Returns codes `[G, g, O]` and the (scales, zeros) `[G, O]` of their grids."""
-    rows, columns = w.shape
+@partial(jax.jit, static_argnames="cfg")
+def gptq_factor(
+    gram: Float[Array, "I I"], cfg: GptqConfig
+) -> tuple[Int[Array, " I"], Float[Array, "I I"]]:
+    """Returns the order of the inputs, and in it the upper Cholesky factor of gram's inverse."""
     diagonal = jnp.diagonal(gram)
-    order = jnp.argsort(-diagonal) if cfg.act_order else jnp.arange(rows)
-    static = grouped(w, 1, group)[0]
-    static = integer_grid(static.min(axis=1), static.max(axis=1))
+    order = jnp.argsort(-diagonal) if cfg.act_order else jnp.arange(len(gram))
     # An input that is always 0 has a row of zeros; 1 there leaves its weights to themselves.
     damped = gram + jnp.diag(jnp.where(diagonal > 0, cfg.damp * diagonal.mean(), 1.0))
-    upper = jnp.linalg.cholesky(jnp.linalg.inv(damped[order][:, order])).T
+    return order, jnp.linalg.cholesky(jnp.linalg.inv(damped[order][:, order])).T
+
+
+@partial(jax.jit, static_argnames=("group", "act_order"))
+def gptq_matrix(
+    w: Float[Array, "I O"],
+    order: Int[Array, " I"],
+    upper: Float[Array, "I I"],
+    group: int,
+    act_order: bool,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Returns codes `[G, g, O]` and the (scales, zeros) `[G, O]` of their grids.
+
+    Args:
+      order, upper: of the inputs, see `gptq_factor`; act_order: grids are those of `w` as it is.
+    """
+    rows, columns = w.shape
+    static = grouped(w, 1, group)[0]
+    static = integer_grid(static.min(axis=1), static.max(axis=1))
 
     def of_rows(w: Array, start: Array) -> tuple[Array, Array]:
         """Scales and zeros of the rows to be rounded next, `[g, O]`, and of their group."""
         at = lax.dynamic_slice_in_dim(order, start, group) // group
-        if cfg.act_order:
+        if act_order:
             return tuple(x[at].astype(jnp.float32) for x in static)
         block = lax.dynamic_slice_in_dim(w, start, group)
         grid = integer_grid(block.min(axis=0), block.max(axis=0))
@@ -109,7 +126,5 @@ def gptq_matrix(
     ordered = w[order]
     _, (codes, scales, zeros) = lax.scan(group_step, ordered, jnp.arange(0, rows, group))
     codes = jnp.zeros((rows, columns), jnp.uint8).at[order].set(codes.reshape(rows, columns))
-    grid = static if cfg.act_order else (scales.astype(jnp.float16), zeros.astype(jnp.float16))
-    # A matrix without an inverse gives NaN, which codes cannot say: the scales do.
-    sound = jnp.where(jnp.isfinite(upper).all(), 1.0, jnp.nan).astype(jnp.float16)
-    return codes.reshape(-1, group, columns), (grid[0] * sound, grid[1])
+    grid = static if act_order else (scales.astype(jnp.float16), zeros.astype(jnp.float16))
+    return codes.reshape(-1, group, columns), grid

@@ -17,6 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from internjax.adapt.awq import AwqConfig, awq_layer
@@ -75,7 +76,7 @@ def compress(model: Model, cfg: QuantConfig) -> Params:
     return quantize_on(model, cfg, calibration_rows(model, cfg.calibration))
 
 
-def quantize_on(model: Model, cfg: QuantConfig, rows: Int[Array, "S T"]) -> Params:
+def quantize_on(model: Model, cfg: QuantConfig, rows: Int[Array | np.ndarray, "S T"]) -> Params:
     """Rounds by a method that looks at activations, those of `rows` of token ids.
 
     Raises: UserError: a target is no plain array, the group does not fit, the model has experts.
@@ -97,12 +98,13 @@ def quantize(params: Params, cfg: QuantConfig) -> Params:
         raise UserError(f"method={cfg.method} needs a model and text, see `compress`.")
     layers = dict(params["layers"])
     _check_plain(layers, cfg.targets)
+    group = cfg.group if cfg.method == "fp8" else _group(layers, cfg)
     for name in cfg.targets:
         w = layers[name]
         if cfg.method == "fp8":
-            layers[name] = round_to_fp8(w, NUM_IN[name], cfg.group, lead=1)
+            layers[name] = round_to_fp8(w, NUM_IN[name], group, lead=1)
             continue
-        rounded = quantize_array(w, NUM_IN[name], _group(layers, cfg), lead=1)
+        rounded = quantize_array(w, NUM_IN[name], group, lead=1)
         residual = cfg.method == "lqer" and cfg.rank
         layers[name] = _with_residual(w, rounded, cfg.rank) if residual else rounded
     return {**params, "layers": layers}

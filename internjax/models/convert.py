@@ -102,6 +102,7 @@ def convert(
       to: target format, one of `FORMATS`; "" lets the target's name decide (`target_format`).
       dtype: float32, float16 or bfloat16 for all weights; "" keeps what is stored.
       quant: of a GGUF, one of `gguf_export.QUANTS`; "" takes the plain one that holds the dtype.
+        Of a Hugging Face folder with 4-bit weights, `hf_packed.METHODS`.
       family: layout of a Hugging Face folder: "llama" writes any InternLM so that transformers
         reads it without remote code; "" keeps the model's own.
       shard_bytes: upper bound of a safetensors shard.
@@ -131,9 +132,12 @@ def convert(
         _to_gguf(words, kind, dst, model, params, quant)
     else:
         save = {"hf": save_hf, "native": save_native}[target]
+        more = {"quant": quant} if target == "hf" else {}
+        if quant and not more:
+            raise UserError(f"quant={quant!r}: a folder of ours keeps integers as they are.")
         upstream = _upstream(src, source)
         files = _tokenizer(words, kind)
-        save(dst, model, params, files, shard_bytes=shard_bytes, upstream=upstream)
+        save(dst, model, params, files, shard_bytes=shard_bytes, upstream=upstream, **more)
     return model
 
 

@@ -117,8 +117,6 @@ def _family(raw: dict[str, Any], where: str) -> str:
 
 
 def _refuse_variants(raw: dict[str, Any], where: str) -> None:
-    if "quantization_config" in raw:
-        raise UserError(f"{where}: is quantized; give the unquantized checkpoint or a GGUF.")
     if raw.get("use_sliding_window"):
         raise UserError(f"{where}: use_sliding_window is true; the decoder attends to all tokens.")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
