@@ -132,7 +132,7 @@ def _conversation(
             return
         picture = ()
         for picture in reply(sources, policy, asked, *values):
-            yield *picture, True
+            yield *picture, gr.skip()  # a picture may come late: it must not undo a stop
         yield *picture, False
 
     def begin(text: str, *still: bool) -> list:
@@ -154,7 +154,8 @@ def _conversation(
         retried = [column.log, question, at_work, box]
         for before in (begun, column.chat.retry(again, column.log, retried, **_QUIET)):
             told = before.then(
-                replying,
+                # Gradio looks for a generator function; behind checked types it sees none.
+                lambda *values: (yield from replying(*values)),
                 [question, column.model, column.log, *settings.inputs()],
                 [column.chat, column.cost, column.log, at_work],
                 concurrency_limit=None,
@@ -162,7 +163,8 @@ def _conversation(
             )
             told.then(rest, busy, box, **_QUIET)
             running.append(told)
-    halted = box.stop(lambda: [False] * len(columns), None, busy, cancels=running, **_QUIET)
+    idle = lambda: ["", *[False] * len(columns)]  # noqa: E731
+    halted = box.stop(idle, None, [question, *busy], cancels=running, **_QUIET)
     halted.then(rest, busy, box, **_QUIET)
 
 

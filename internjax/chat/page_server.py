@@ -1,6 +1,7 @@
 """Serves the web page on loopback, and lets the browser load nothing from anywhere else."""
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -142,9 +143,14 @@ def _server(sources: list[Source], config: PageConfig, policy: str):
     app = make_app(sources, config, policy=policy)
     import uvicorn
 
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=2)
-    )
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """Cuts off open tabs, each of which holds a stream: that is no error to tell."""
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
+
+    options = {"log_level": "warning", "ws": "none", "timeout_graceful_shutdown": 1}
+    return Server(uvicorn.Config(app, **options))
 
 
 @contextlib.contextmanager
