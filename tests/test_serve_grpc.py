@@ -217,6 +217,7 @@ def test_rows_of_one_request_answer_as_alone(client):
         a.as_numpy("output_ids")[0].tolist() for a in alone
     ]
     assert together.as_numpy("num_output_tokens").tolist() == [5, 9, 2]
+    assert together.as_numpy("row").tolist() == [0, 1, 2]
 
 
 def test_parameters_are_obeyed(client):
@@ -301,7 +302,7 @@ def test_one_stream_carries_many_requests_and_rows(client):
         result, error = stream.take()
         assert error is None
         response = result.get_response()
-        got[response.id][response.parameters["row"].int64_param] += texts(result)[0]
+        got[response.id][int(result.as_numpy("row")[0])] += texts(result)[0]
         if response.parameters["triton_final_response"].bool_param:
             finals.append(response.id)
     assert got == whole

@@ -41,6 +41,7 @@ OUTPUTS = (
     Tensor("finish_reason", "BYTES", (-1,)),  # "stop", "length"; empty while it runs
     Tensor("num_input_tokens", "UINT32", (-1,)),
     Tensor("num_output_tokens", "UINT32", (-1,)),  # so far
+    Tensor("row", "INT32", (-1,)),  # which prompt: a piece of a stream is about one of them
     Tensor("logprobs", "BYTES", (-1,)),  # JSON; only where asked for
 )
 PROMPTS = ("text_input", "messages", "input_ids")

@@ -25,9 +25,10 @@ class Row:
     """What is known of the answer to one prompt.
 
     Fields:
-      count: tokens since the beginning, which `ids` may hold only the newest of.
+      index: of the prompt; count: tokens since the beginning, `ids` may hold only the newest.
     """
 
+    index: int
     prompt_tokens: int
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -53,12 +54,10 @@ class Reply:
     """One response.
 
     Fields:
-      arrays: by the names of `contract.OUTPUTS`; row: the only prompt that it is about, None for
-        all of them; final: nothing follows.
+      arrays: by the names of `contract.OUTPUTS`; final: nothing follows.
     """
 
     arrays: dict[str, np.ndarray]
-    row: int | None
     final: bool
 
 
@@ -75,7 +74,7 @@ async def answer(
       AnswerFailed, AnswerStopped: it broke off.
     """
     ticket = await _submit(engine, asked)
-    rows = [Row(len(job.prompt)) for job in asked.jobs]
+    rows = [Row(index, len(job.prompt)) for index, job in enumerate(asked.jobs)]
     running = len(rows)
     try:
         async for index, delta in engine.follow(ticket):
@@ -83,10 +82,10 @@ async def answer(
             rows[index].take(delta)
             running -= delta.finish_reason is not None
             if asked.stream:
-                yield Reply(arrays([rows[index]], asked.outputs), index, final=not running)
+                yield Reply(arrays([rows[index]], asked.outputs), final=not running)
                 rows[index].forget()
         if not asked.stream:
-            yield Reply(arrays(rows, asked.outputs), None, final=True)
+            yield Reply(arrays(rows, asked.outputs), final=True)
     finally:
         engine.cancel(ticket)
         for request in ticket.requests:
@@ -101,6 +100,7 @@ def arrays(rows: Sequence[Row], names: Sequence[str]) -> dict[str, np.ndarray]:
         "finish_reason": lambda: _texts([row.finish_reason for row in rows]),
         "num_input_tokens": lambda: np.array([row.prompt_tokens for row in rows], np.uint32),
         "num_output_tokens": lambda: np.array([row.count for row in rows], np.uint32),
+        "row": lambda: np.array([row.index for row in rows], np.int32),
         "logprobs": lambda: _texts([json.dumps([_entry(x) for x in r.logprobs]) for r in rows]),
     }
     return {name: make[name]() for name in names}

@@ -204,10 +204,8 @@ def _streamed(request: pb.ModelInferRequest, told: Reply | Exception):
     if isinstance(told, Exception):
         named = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
         return pb.ModelStreamInferResponse(error_message=str(told), infer_response=named)
-    more = {} if told.row is None else {"row": told.row}
-    response = wire.response(
-        request, told.arrays, VERSION, triton_final_response=told.final, **more
-    )
+    response = wire.response(request, told.arrays, VERSION)
+    response.parameters["triton_final_response"].bool_param = told.final
     return pb.ModelStreamInferResponse(infer_response=response)
 
 

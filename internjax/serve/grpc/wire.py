@@ -77,10 +77,7 @@ def read_output_names(request: pb.ModelInferRequest) -> tuple[str, ...]:
 
 
 def response(
-    request: pb.ModelInferRequest,
-    arrays: Mapping[str, np.ndarray],
-    version: str,
-    **parameters: bool | int,
+    request: pb.ModelInferRequest, arrays: Mapping[str, np.ndarray], version: str
 ) -> pb.ModelInferResponse:
     """Writes the response to a request, its tensors as raw contents."""
     message = pb.ModelInferResponse(
@@ -89,9 +86,6 @@ def response(
     for name, array in arrays.items():
         message.outputs.add(name=name, datatype=_TYPES[name], shape=array.shape)
         message.raw_output_contents.append(_raw(_TYPES[name], array))
-    for name, value in parameters.items():
-        kind = "bool_param" if isinstance(value, bool) else "int64_param"
-        setattr(message.parameters[name], kind, value)
     return message
 
 
