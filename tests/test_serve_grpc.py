@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 
 from internjax.errors import UserError
 from internjax.models.lm import SamplingParams
+from internjax.models.load import load
 from internjax.serve.engine import Engine
 from internjax.serve.grpc.contract import INPUTS, OUTPUTS, config_text
 from internjax.serve.grpc.server import SERVICE, Face, one_key, serving_grpc
@@ -623,6 +624,23 @@ def test_a_failed_round_fails_its_requests_and_no_others(model):
             infer(client, text("abc"), max_tokens=3)
         assert caught.value.status() == "StatusCode.INTERNAL"
         assert texts(infer(client, text("abc"), max_tokens=3))
+
+
+@pytest.mark.needs_model
+def test_smollm2_answers_over_grpc(smollm2_gguf):
+    model, config = load(smollm2_gguf, packed=True), replace(CONFIG, slots=2)
+    question = [{"role": "user", "content": "Name three colours."}]
+    expected = LocalLM(model, config).generate([question], SamplingParams(max_tokens=24))[0]
+    assert len(expected.text.split()) > 3
+    with face(model, config) as (address, _), triton.InferenceServerClient(address) as client:
+        chat = [tensor("messages", [json.dumps(question)])]
+        assert texts(infer(client, chat, max_tokens=24)) == [expected.text]
+        stream = Stream(client)
+        stream.ask(chat, max_tokens=24)
+        pieces = [texts(news)[0] for news in stream.until_final()]
+        assert "".join(pieces) == expected.text
+        assert len(pieces) == len(expected.token_ids)
+        client.stop_stream()
 
 
 def free_port():

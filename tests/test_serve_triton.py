@@ -1,7 +1,8 @@
 """A Triton model repository: its config is legal, its model.py answers as our own server does.
 
-Triton has no package that runs here, so `triton_python_backend_utils` is stood in for by a module
-that carries tensors between the test and the real model, engine and all, and minds Triton's rules.
+The one package of Triton that runs without a container (nvidia-pytriton 0.7) is built for NumPy 1
+and cannot hand tensors to code with NumPy 2, so `triton_python_backend_utils` is stood in for by a
+module that carries tensors between the test and the real model, and minds Triton's rules.
 """
 
 import importlib.util
@@ -28,6 +29,7 @@ from internjax.serve.grpc.repository import model_name
 from internjax.serve.local import LocalLM
 from tests.fakes import byte_tokenizer
 from tests.test_serve_engine import CONFIG, make_model
+from tests.test_serve_grpc import idle
 
 TYPES = {tensor.name: triton_to_np_dtype(tensor.datatype) for tensor in (*INPUTS, *OUTPUTS)}
 LONG = {"max_tokens": 200, "ignore_eos": True}
@@ -216,8 +218,9 @@ def test_what_goes_wrong_is_an_error_with_a_code(triton_model):
         (response,) = ask(triton_model, "abc", **sampling).until_final()
         assert response.error.code == TritonError.INVALID_ARG
         assert says in str(response.error)
-    (response,) = ask(triton_model, *"abcdefgh", **LONG).until_final()
+    (response,) = ask(triton_model, *"abcdefghijkl", **LONG).until_final()
     assert response.error.code == TritonError.UNAVAILABLE
+    assert idle(triton_model.engine)
     step = triton_model.engine.engine.step
 
     def fail():
@@ -238,7 +241,7 @@ def test_a_client_that_leaves_frees_its_slot(triton_model):
     request.cancelled = True
     assert request.until_final()[-1].error.code == TritonError.CANCELLED
     assert len(ask(triton_model, "abc", max_tokens=2).until_final()) == 1
-    assert triton_model.engine.engine.in_flight() == 0
+    assert idle(triton_model.engine)
     assert triton_model.engine.engine.stats.cancelled >= 1
 
 

@@ -84,7 +84,8 @@ def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
     """Serves until SIGINT or SIGTERM, then lets running requests finish for `drain_seconds`.
 
     Args:
-      on_ready: called with the base URL once connections are accepted.
+      on_ready: called with the base URL, and with "HOST:PORT" of gRPC or None, once connections
+        are accepted.
 
     Raises:
       UserError: the port is taken or the address cannot be used.

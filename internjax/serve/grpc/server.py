@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import hmac
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_
 from internjax.errors import UserError
 from internjax.serve.grpc.asked import Served
 from internjax.serve.grpc.servicer import Inference
-
-log = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
 POLL_SECONDS = 0.05
@@ -86,9 +83,7 @@ def serving_grpc(
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="grpc", daemon=True)
     thread.start()
     try:
-        address = bound.result()
-        log.info("gRPC at %s", address)
-        yield address
+        yield bound.result()
     finally:
         left.set()
         thread.join(timeout=drain_seconds + 30)
