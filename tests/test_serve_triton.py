@@ -59,7 +59,7 @@ class InferenceResponse:
 
 
 class Request:
-    """A request, and the sender of its responses: `send` takes none after the final one."""
+    """A request, and the sender of its responses, which must not be touched after the final one."""
 
     def __init__(self, arrays, outputs=None, **parameters):
         self.tensors = {name: Tensor(name, array) for name, array in arrays.items()}
@@ -76,6 +76,7 @@ class Request:
         return self
 
     def is_cancelled(self):
+        assert not self.ended, "asked after the final response, which crashes Triton"
         return bool(self.cancelled)
 
     def send(self, response=None, flags=0):

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from internjax.errors import UserError
 from internjax.models.load import load
 from internjax.serve.engine import Engine, EngineConfig
-from internjax.serve.grpc.asked import Asked, Served, read_request
+from internjax.serve.grpc.asked import Served, read_request
 from internjax.serve.grpc.contract import INPUTS, OUTPUTS
 from internjax.serve.grpc.replies import AnswerFailed, AnswerStopped, Reply, answer
 from internjax.serve.scheduler import QueueFull, Request
@@ -66,8 +66,8 @@ class EngineModel:
     def execute(self, requests: list) -> None:
         """Takes requests and returns at once; their answers are sent as they come."""
         for request in requests:
-            sender, inputs = request.get_response_sender(), _inputs(request)
-            asyncio.run_coroutine_threadsafe(self._serve(request, inputs, sender), self.loop)
+            sender = _Sender(request.get_response_sender())
+            asyncio.run_coroutine_threadsafe(self._serve(_read(request), sender), self.loop)
 
     def finalize(self) -> None:
         """Ends what runs, and stops."""
@@ -77,28 +77,50 @@ class EngineModel:
         self.thread.join(timeout=60)
         self.loop.close()
 
-    async def _serve(self, request, inputs: dict[str, np.ndarray], sender) -> None:
-        answering = asyncio.create_task(self._answer(request, inputs, sender))
+    async def _serve(self, given: "_Given", sender: "_Sender") -> None:
+        answering = asyncio.create_task(self._answer(given, sender))
         while not answering.done():
             await asyncio.wait([answering], timeout=POLL_SECONDS)
-            if sender.is_cancelled():
+            if sender.abandoned():
                 answering.cancel()
         error = _error(answering)
         if error is not None:
-            sender.send(pb_utils.InferenceResponse(error=error), flags=_flags(final=True))
+            sender.send(pb_utils.InferenceResponse(error=error), final=True)
 
-    async def _answer(self, request, inputs: dict[str, np.ndarray], sender) -> None:
-        asked = self._read(request, inputs)
+    async def _answer(self, given: "_Given", sender: "_Sender") -> None:
+        parameters = json.loads(given.parameters or "{}")
+        asked = read_request(self.model, given.inputs, parameters, given.outputs, stream=False)
         async with contextlib.aclosing(answer(self.engine, asked, _ignore)) as replies:
             async for reply in replies:
-                sender.send(_response(reply), flags=_flags(reply.final))
+                sender.send(_response(reply), final=reply.final)
 
-    def _read(self, request, inputs: dict[str, np.ndarray]) -> Asked:
-        parameters = json.loads(request.parameters() or "{}")
-        names = tuple(request.requested_output_names())
-        if len(names) == len(OUTPUTS):  # so Triton says that the client named none
-            names = ()
-        return read_request(self.model, inputs, parameters, names, stream=False)
+
+@dataclass(frozen=True)
+class _Given:
+    """What a request holds; Triton may take the request itself back once `execute` has returned."""
+
+    inputs: dict[str, np.ndarray]
+    parameters: str
+    outputs: tuple[str, ...]
+
+
+class _Sender:
+    """Triton's sender of one request, which must not be touched after the final response.
+
+    Triton has freed it then: asking whether the client has gone would crash the whole server.
+    """
+
+    def __init__(self, sender):
+        self._sender, self._open = sender, True
+
+    def send(self, response, *, final: bool) -> None:
+        """Sends a response; nothing may follow the final one."""
+        self._open = not final
+        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+
+    def abandoned(self) -> bool:
+        """Whether the client has gone while it still had something to come."""
+        return self._open and self._sender.is_cancelled()
 
 
 def read_engine(given: Mapping[str, str]) -> EngineConfig:
@@ -119,19 +141,21 @@ def read_engine(given: Mapping[str, str]) -> EngineConfig:
         raise UserError(f"parameters: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
 
 
+def _read(request) -> _Given:
+    names = tuple(request.requested_output_names())
+    if len(names) == len(OUTPUTS):  # so Triton says that the client named none
+        names = ()
+    return _Given(_inputs(request), request.parameters(), names)
+
+
 def _inputs(request) -> dict[str, np.ndarray]:
-    """Copies what Triton may take back once `execute` has returned."""
     found = {t.name: pb_utils.get_input_tensor_by_name(request, t.name) for t in INPUTS}
     return {name: tensor.as_numpy().copy() for name, tensor in found.items() if tensor is not None}
 
 
 def _response(reply: Reply) -> Any:
-    arrays: dict[str, np.ndarray] = dict(reply.arrays)
-    return pb_utils.InferenceResponse([pb_utils.Tensor(k, v) for k, v in arrays.items()])
-
-
-def _flags(final: bool) -> int:
-    return pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+    tensors = [pb_utils.Tensor(name, array) for name, array in reply.arrays.items()]
+    return pb_utils.InferenceResponse(tensors)
 
 
 def _error(task: asyncio.Task) -> Any:
