@@ -26,9 +26,10 @@ from internjax.models.lm import SamplingParams
 from internjax.models.load import load
 from internjax.serve.engine import Engine
 from internjax.serve.grpc.contract import INPUTS, OUTPUTS, config_text
-from internjax.serve.grpc.server import SERVICE, Face, one_key, serving_grpc
+from internjax.serve.grpc.server import SERVICE, Face, serving_grpc
+from internjax.serve.keys import Keys
 from internjax.serve.local import LocalLM
-from internjax.serve.server import serving
+from internjax.serve.server import ServeConfig, serving
 from internjax.serve.thread import EngineThread
 from tests.test_serve_engine import CONFIG as ENGINE, make_model
 
@@ -559,14 +560,16 @@ def threads():
 
 def test_queue_key_size_and_closing(model):
     small, before = replace(CONFIG, max_waiting=1), len(threads())
-    options = {"knows": one_key("secret"), "max_message_bytes": 20_000}
+    keys = Keys(None, "secret")
+    options = {"knows": lambda key: keys.owner(key) is not None, "max_message_bytes": 20_000}
+    options["max_request_tokens"] = 250
     key = {"authorization": "Bearer secret"}
     with face(model, small, **options) as (address, worker):
         with grpc.insecure_channel(address) as channel:
             lights = health_pb2_grpc.HealthStub(channel)
             assert lights.Check(health_pb2.HealthCheckRequest()).status == 1
         with triton.InferenceServerClient(address) as client:
-            for wrong in (None, {"authorization": "Bearer secre"}, {"authorization": ""}):
+            for wrong in (None, {"authorization": "Bearer secre"}, {"authorization": "secret"}):
                 with pytest.raises(InferenceServerException) as caught:
                     client.infer("tiny", text("a"), headers=wrong)
                 assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
@@ -577,6 +580,9 @@ def test_queue_key_size_and_closing(model):
             with pytest.raises(InferenceServerException, match=r"larger|max") as caught:
                 client.infer("tiny", text("x" * 30_000), headers=key)
             assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+            with pytest.raises(InferenceServerException, match=r"255 tokens.*250") as caught:
+                client.infer("tiny", text("x" * 55), parameters=LONG, headers=key)
+            assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
             stream = Stream(client, headers=key)
             for place in range(1, CONFIG.slots + 1):
                 stream.ask(text("a"), **LONG)
@@ -641,6 +647,15 @@ def test_smollm2_answers_over_grpc(smollm2_gguf):
         assert "".join(pieces) == expected.text
         assert len(pieces) == len(expected.token_ids)
         client.stop_stream()
+
+
+def test_ports_and_limits_that_cannot_be_are_refused():
+    for options, says in (
+        ({"grpc_port": 70_000}, "grpc_port=70000"),
+        ({"grpc_port": 0, "tokens_per_minute": 5}, "limits are counted over HTTP only"),
+    ):
+        with pytest.raises(UserError, match=says):
+            ServeConfig(**options)
 
 
 def free_port():

@@ -29,7 +29,7 @@ from internjax.serve.grpc.repository import model_name
 from internjax.serve.local import LocalLM
 from tests.fakes import byte_tokenizer
 from tests.test_serve_engine import CONFIG, make_model
-from tests.test_serve_grpc import idle
+from tests.test_serve_grpc import idle, until
 
 TYPES = {tensor.name: triton_to_np_dtype(tensor.datatype) for tensor in (*INPUTS, *OUTPUTS)}
 LONG = {"max_tokens": 200, "ignore_eos": True}
@@ -219,8 +219,14 @@ def test_what_goes_wrong_is_an_error_with_a_code(triton_model):
         (response,) = ask(triton_model, "abc", **sampling).until_final()
         assert response.error.code == TritonError.INVALID_ARG
         assert says in str(response.error)
-    (response,) = ask(triton_model, *"abcdefghijkl", **LONG).until_final()
+    (response,) = ask(triton_model, *"abcdefghijkl").until_final()
+    assert "at most 8" in str(response.error)
+    busy = ask(triton_model, *"abcd", **LONG)
+    assert until(lambda: len(triton_model.engine.engine.scheduler.running()) == CONFIG.slots)
+    (response,) = ask(triton_model, *"abcdefgh").until_final()
     assert response.error.code == TritonError.UNAVAILABLE
+    busy.cancelled = True
+    assert busy.until_final()[-1].error.code == TritonError.CANCELLED
     assert idle(triton_model.engine)
     step = triton_model.engine.engine.step
 

@@ -29,6 +29,7 @@ class Served:
 
     Fields:
       default_max_tokens: length of an answer when the request names none.
+      max_request_tokens: prompts and answers of one request together; 0 sets no limit.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Served:
     tokenizer: Tokenizer
     template: ChatTemplate
     default_max_tokens: int = 512
+    max_request_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def read_request(
             room = model.engine.engine.context - len(ids)
             given["max_tokens"] = max(1, min(model.default_max_tokens, room))
         jobs.append(Job(ids, read_sampling(given), continues))
+    _check_size(model, jobs)
     return Asked(tuple(jobs), stream, _outputs(outputs, jobs))
 
 
@@ -100,8 +103,9 @@ def read_sampling(given: Mapping[str, Any]) -> SamplingParams:
     if unknown is not None:
         raise UserError(f"{unknown}: no such parameter; legal are {', '.join(PARAMETERS)}.")
     values = dict(given)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
+    for name in ("stop", "bad_words"):
+        if isinstance(values.get(name), str):
+            values[name] = (values[name],)
     try:
         return _SAMPLING.validate_python(values)
     except ValidationError as error:
@@ -176,6 +180,20 @@ def _rows_of_parameters(
             raise UserError(f"{twice} is a request parameter and in sampling_parameters: give one.")
         joined.append({**common, **own})
     return [dict(x) for x in (joined if len(joined) == rows else joined * rows)]
+
+
+def _check_size(model: Served, jobs: Sequence[Job]) -> None:
+    """Refuses what could never be taken, however long a client waits."""
+    config = model.engine.engine.config
+    most = config.slots + config.max_waiting
+    if len(jobs) > most:
+        raise UserError(f"the request has {len(jobs)} prompts; at most {most} fit here.")
+    tokens = sum(len(job.prompt) + job.params.max_tokens for job in jobs)
+    if model.max_request_tokens and tokens > model.max_request_tokens:
+        raise UserError(
+            f"the request may take {tokens} tokens, prompts and answers together; at most "
+            f"{model.max_request_tokens} are allowed."
+        )
 
 
 def _outputs(asked: Sequence[str], jobs: Sequence[Job]) -> tuple[str, ...]:
