@@ -41,12 +41,13 @@ def main(raw: DictConfig) -> None:
     model = load(cfg.model, dtype=cfg.dtype, packed=True)
     serve = cfg.serve if cfg.serve.name else dataclasses.replace(cfg.serve, name=cfg.model)
 
-    def ready(url: str, grpc_address: str | None) -> None:
-        also = f" and gRPC {grpc_address}" if grpc_address else ""
-        slots = serve.engine.slots
-        print(f"{serve.name} at {url}{also} ({slots} slots; stop with Ctrl-C)", flush=True)
+    def ready(url: str) -> None:
+        print(f"{serve.name} at {url} ({serve.engine.slots} slots; stop with Ctrl-C)", flush=True)
 
-    run_server(model, serve, on_ready=ready)
+    def ready_grpc(address: str) -> None:
+        print(f"gRPC at {address}", flush=True)
+
+    run_server(model, serve, on_ready=ready, on_grpc=ready_grpc)
     print("stopped.", flush=True)
 
 

@@ -80,12 +80,12 @@ class ServeConfig:
             )
 
 
-def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
+def run_server(model: Model, config: ServeConfig, *, on_ready=None, on_grpc=None) -> None:
     """Serves until SIGINT or SIGTERM, then lets running requests finish for `drain_seconds`.
 
     Args:
-      on_ready: called with the base URL, and with "HOST:PORT" of gRPC or None, once connections
-        are accepted.
+      on_ready: called with the base URL once connections are accepted.
+      on_grpc: called before that with "HOST:PORT" of gRPC, where it is served.
 
     Raises:
       UserError: the port is taken or the address cannot be used.
@@ -96,8 +96,10 @@ def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
             beside = _grpc_beside(config, model, engine, server)
             stopping = _stopping_on_signals(server, engine, config.drain_seconds)
             with beside as grpc_address, stopping:
+                if on_grpc and grpc_address:
+                    on_grpc(grpc_address)
                 if on_ready:
-                    on_ready(_base_url(listener), grpc_address)
+                    on_ready(_base_url(listener))
                 server.run(sockets=[listener])
         finally:
             engine.close()
