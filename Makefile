@@ -59,7 +59,7 @@ lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
 	@$(COMPILE) -o requirements/core.txt
 	@$(COMPILE) $(QUICK) -c requirements/core.txt -o requirements/quickstart.txt
 	@$(COMPILE) --extra aot -c requirements/core.txt -o requirements/plan.txt
-	@$(COMPILE) $(QUICK) --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
+	@$(COMPILE) $(QUICK) --extra grpc --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
 
 plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.5 GB)
 

@@ -42,7 +42,10 @@ def main(raw: DictConfig) -> None:
     def ready(url: str) -> None:
         print(f"{serve.name} at {url} ({serve.engine.slots} slots; stop with Ctrl-C)", flush=True)
 
-    run_server(model, serve, on_ready=ready)
+    def ready_grpc(address: str) -> None:
+        print(f"gRPC at {address}", flush=True)
+
+    run_server(model, serve, on_ready=ready, on_grpc=ready_grpc)
     print("stopped.", flush=True)
 
 

@@ -26,6 +26,7 @@ class ServeConfig:
     Fields:
       host: address to listen on; the default is this machine alone.
       port: 0 lets the system choose.
+      grpc_port: of the Open Inference Protocol on the same host; 0 likewise, None opens none.
       name: the model's name in the API; "" is the config's own.
       api_key: asked of every client when not empty.
       keys_file: file of `internjax keys`; one of its keys is asked of every client.
@@ -43,6 +44,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     name: str = ""
     api_key: str = ""
     keys_file: str = ""
@@ -59,31 +61,45 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
-        if not 0 <= self.port < 65536:
-            raise UserError(f"port={self.port}: it must lie in 0..65535, 0 lets the system choose.")
+        for name in ("port", "grpc_port"):
+            if not 0 <= (getattr(self, name) or 0) < 65536:
+                raise UserError(
+                    f"{name}={getattr(self, name)}: it must lie in 0..65535, 0 lets the system "
+                    "choose."
+                )
         for name in ("requests_per_minute", "tokens_per_minute", "max_request_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: give a number, or 0 for no limit.")
         for name in ("default_max_tokens", "max_body_bytes", "max_conversations"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        if self.grpc_port is not None and (self.requests_per_minute or self.tokens_per_minute):
+            raise UserError(
+                "grpc_port and a limit a minute: limits are counted over HTTP only, so gRPC would "
+                "get around them; give one of the two."
+            )
 
 
-def run_server(model: Model, config: ServeConfig, *, on_ready=None) -> None:
+def run_server(model: Model, config: ServeConfig, *, on_ready=None, on_grpc=None) -> None:
     """Serves until SIGINT or SIGTERM, then lets running requests finish for `drain_seconds`.
 
     Args:
       on_ready: called with the base URL once connections are accepted.
+      on_grpc: called before that with "HOST:PORT" of gRPC, where it is served.
 
     Raises:
       UserError: the port is taken or the address cannot be used.
     """
     with _listening(config) as listener:
         server, engine = _build(model, config)
-        if on_ready:
-            on_ready(_base_url(listener))
         try:
-            with _stopping_on_signals(server, engine, config.drain_seconds):
+            beside = _grpc_beside(config, model, engine, server)
+            stopping = _stopping_on_signals(server, engine, config.drain_seconds)
+            with beside as grpc_address, stopping:
+                if on_grpc and grpc_address:
+                    on_grpc(grpc_address)
+                if on_ready:
+                    on_ready(_base_url(listener))
                 server.run(sockets=[listener])
         finally:
             engine.close()
@@ -118,7 +134,9 @@ def serving(
         thread.start()
         try:
             _wait_started(server, thread)
-            yield _base_url(listener)
+            beside = _grpc_beside(config, model, worker, server)
+            with beside, contextlib.closing(worker):
+                yield _base_url(listener)
         finally:
             worker.close()
             server.should_exit = True
@@ -162,7 +180,7 @@ def _service(model: Model, config: ServeConfig, worker: EngineThread):
         tokenizer=model.tokenizer,
         template=model.template,
         metrics=Metrics(worker),
-        keys=Keys(Path(config.keys_file) if config.keys_file else None, config.api_key),
+        keys=_keys(config),
         limits=Limits(config.requests_per_minute, config.tokens_per_minute),
         sessions=Memory(config.max_conversations),
         responses=Memory(config.max_conversations),
@@ -171,6 +189,33 @@ def _service(model: Model, config: ServeConfig, worker: EngineThread):
         default_max_tokens=config.default_max_tokens,
         log_text=config.log_text,
     )
+
+
+def _keys(config: ServeConfig) -> Keys:
+    return Keys(Path(config.keys_file) if config.keys_file else None, config.api_key)
+
+
+def _grpc_beside(config: ServeConfig, model: Model, engine: EngineThread, server):
+    """The gRPC server over the same engine, if asked for; it drains when the HTTP server does."""
+    if config.grpc_port is None:
+        return contextlib.nullcontext()
+    try:
+        from internjax.serve.grpc.server import Face, serving_grpc
+    except ModuleNotFoundError as error:
+        raise Missing(f"gRPC needs {error.name}: pip install 'internjax[grpc]'") from error
+    keys = _keys(config)
+    face = Face(
+        name=config.name or model.cfg.name,
+        engine=engine,
+        tokenizer=model.tokenizer,
+        template=model.template,
+        default_max_tokens=config.default_max_tokens,
+        max_request_tokens=config.max_request_tokens,
+        knows=None if keys.open else lambda key: keys.owner(key) is not None,
+        max_message_bytes=config.max_body_bytes,
+    )
+    phase = lambda: server.should_exit + server.force_exit  # noqa: E731
+    return serving_grpc(face, config.host, config.grpc_port, config.drain_seconds, phase)
 
 
 @contextlib.contextmanager
