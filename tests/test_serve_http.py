@@ -228,7 +228,7 @@ def test_generate_continues_and_streams(client, http):
     assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
     assert [i for chunk in chunks for i in chunk["output_ids"]] == whole["output_ids"]
     for wrong in ({}, {"prompt": "a", "input_ids": [1]}, {"prompt": "a", "image_data": "x"},
-                  {"prompt": "a", "skip_special_tokens": False}):  # fmt: skip
+                  {"prompt": "a", "spaces_between_special_tokens": False}):  # fmt: skip
         assert http.post("/generate", json=wrong).status_code == 400
 
 
