@@ -1,6 +1,7 @@
 """Sampling fields, formats and streamed tool calls as the public `openai` client sees them."""
 
 import json
+import re
 
 import jsonschema
 import openai
@@ -101,12 +102,20 @@ def test_best_of_returns_the_likeliest(client):
     assert chosen.usage.completion_tokens == every.usage.completion_tokens == 72
 
 
+def test_lmdeploys_form_of_a_regular_expression(client):
+    form = {"type": "regex_schema", "regex_schema": "[0-9]{3}-[a-z]{2}"}
+    text = chat(client, extra_body={"response_format": form}).choices[0].message.content
+    assert re.fullmatch("[0-9]{3}-[a-z]{2}", text)
+    with pytest.raises(openai.BadRequestError, match="non-empty"):
+        chat(client, extra_body={"response_format": {"type": "regex_schema"}})
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_streamed_calls_are_put_together_by_the_client(client, parallel):
     counts = []
     for seed in range(2):
-        options = {"temperature": 1.0, "seed": seed, "max_tokens": 400, "model": "tiny"}
-        options["logit_bias"] = {str(EOS): 6}  # legal between two calls only
+        options = {"temperature": 1.0, "seed": seed, "max_tokens": 220, "model": "tiny"}
+        options["logit_bias"] = {str(EOS): 8}  # legal between two calls only
         options |= {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel}
         with client.chat.completions.stream(messages=HI, **options) as stream:
             events = [event.type for event in stream]
