@@ -106,6 +106,7 @@ def test_bans_that_leave_a_grammar_no_token_fail_that_request_alone(engine):
     assert requests[1].output == alone.output
 
 
+@pytest.mark.slow
 def test_a_request_that_was_put_back_keeps_its_bans_and_its_grammar():
     small = EngineConfig(slots=4, context=128, block=16, prefill_tokens=64, invariant=True)
     model = make_model(128)
