@@ -1,13 +1,14 @@
 """Scores over HTTP equal scores in process; every refusal of a server has its own clear line."""
 
 import socket
+from dataclasses import fields
 
 import pytest
 
 from internjax.cli import run as cli
 from internjax.errors import Missing, UserError
 from internjax.evals.core import Incomplete
-from internjax.evals.http_lm import HttpLM
+from internjax.evals.http_lm import HttpLM, _options
 from internjax.evals.run import evaluate
 from internjax.models.lm import LM, RequestFailed, SamplingParams
 from tests.ngram_lm import BigramLM, serve
@@ -28,6 +29,21 @@ def http(lm):
 
 def test_it_is_an_lm(http):
     assert isinstance(http, LM)
+
+
+def test_every_sampling_parameter_reaches_the_server():
+    given = {
+        "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1,
+        "typical_p": 0.8, "seed": 4, "stop": ("x",), "stop_token_ids": (5,), "min_tokens": 2,
+        "bad_words": ("y",), "repetition_penalty": 1.1, "presence_penalty": 0.1,
+        "frequency_penalty": 0.2, "logit_bias": {1: 2.0}, "ignore_eos": True,
+        "grammar": {"regex": "a"}, "skip_special_tokens": False,
+    }  # fmt: skip
+    # the calls themselves send it
+    assert set(given) | {"logprobs"} == {field.name for field in fields(SamplingParams)}
+    plain = _options(SamplingParams(), chat=True)
+    for name, value in given.items():
+        assert _options(SamplingParams(**{name: value}), chat=True) != plain, name
 
 
 def test_loglikelihood_equals_the_models_own(lm, http):

@@ -1,11 +1,14 @@
 """Bad words, minimal lengths and stop tokens through the engine, beside other requests."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from internjax.errors import UserError
 from internjax.models.lm import SamplingParams
 from internjax.serve.bans import ALWAYS, MAX_BANS, request_bans
-from internjax.serve.engine import Engine
+from internjax.serve.engine import Engine, EngineConfig
 from tests.fakes import byte_tokenizer
 from tests.test_serve_engine import CONFIG, make_model, prompts, run
 
@@ -101,3 +104,30 @@ def test_bans_that_leave_a_grammar_no_token_fail_that_request_alone(engine):
     assert requests[0].finish_reason == "error"
     assert "no token" in news[0][-1].error
     assert requests[1].output == alone.output
+
+
+@pytest.mark.slow
+def test_a_request_that_was_put_back_keeps_its_bans_and_its_grammar():
+    small = EngineConfig(slots=4, context=128, block=16, prefill_tokens=64, invariant=True)
+    model = make_model(128)
+    # of every byte, the runs below repeat few: bans of two tokens bite often
+    words = tuple(chr(a) + chr(b) for a, b in zip(range(97, 121), range(98, 122), strict=True))
+    options = {"max_tokens": 60, "temperature": 1.0, "logprobs": 0}
+    likely = dict.fromkeys(range(97, 123), 6.0)
+    kinds = [
+        SamplingParams(seed=1, bad_words=words, min_tokens=60, logit_bias=likely, **options),
+        SamplingParams(seed=2, min_tokens=40, logit_bias={EOS: 9.0}, typical_p=0.9, **options),
+        SamplingParams(seed=3, grammar={"regex": "([a-d]{3} ){15}"}, **options),
+    ]
+    jobs = [(p, kinds[i % 3]) for i, p in enumerate(prompts(20, 21, 30, 22, 25, 31))]
+    crowded = Engine(model, replace(small, blocks=10))
+    requests, news = run(crowded, jobs)
+    assert crowded.stats.preempted > 0
+    roomy = Engine(model, small)
+    for job, request, heard in zip(jobs, requests, news, strict=True):
+        (alone,), (quiet,) = run(roomy, [job])
+        assert (request.output, text_of(heard)) == (alone.output, text_of(quiet))
+        assert not any(word in text_of(heard) for word in job[1].bad_words)
+    assert roomy.stats.preempted == 0
+    assert re.fullmatch("([a-d]{3} ){15}", text_of(news[2]))
+    assert len(requests[1].output) > 40

@@ -1,16 +1,19 @@
 """Sampling fields, formats and streamed tool calls as the public `openai` client sees them."""
 
 import json
+import re
 
 import jsonschema
 import openai
 import pytest
 
+from internjax.models.load import load
 from internjax.serve.engine import EngineConfig
 from internjax.serve.server import serving
 from tests.test_serve_engine import make_model
 
 ENGINE = EngineConfig(slots=8, context=1536, max_waiting=64)
+REAL = EngineConfig(slots=2, context=1024)
 HI = [{"role": "user", "content": "hi"}]
 PLACE = {
     "type": "object",
@@ -99,12 +102,20 @@ def test_best_of_returns_the_likeliest(client):
     assert chosen.usage.completion_tokens == every.usage.completion_tokens == 72
 
 
+def test_lmdeploys_form_of_a_regular_expression(client):
+    form = {"type": "regex_schema", "regex_schema": "[0-9]{3}-[a-z]{2}"}
+    text = chat(client, extra_body={"response_format": form}).choices[0].message.content
+    assert re.fullmatch("[0-9]{3}-[a-z]{2}", text)
+    with pytest.raises(openai.BadRequestError, match="non-empty"):
+        chat(client, extra_body={"response_format": {"type": "regex_schema"}})
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_streamed_calls_are_put_together_by_the_client(client, parallel):
     counts = []
     for seed in range(2):
-        options = {"temperature": 1.0, "seed": seed, "max_tokens": 400, "model": "tiny"}
-        options["logit_bias"] = {str(EOS): 6}  # legal between two calls only
+        options = {"temperature": 1.0, "seed": seed, "max_tokens": 220, "model": "tiny"}
+        options["logit_bias"] = {str(EOS): 8}  # legal between two calls only
         options |= {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel}
         with client.chat.completions.stream(messages=HI, **options) as stream:
             events = [event.type for event in stream]
@@ -161,3 +172,73 @@ def test_a_tool_that_cannot_be_enforced_is_refused_with_its_place(client):
     unknown = {"type": "function", "function": {"name": "nope"}}
     with pytest.raises(openai.BadRequestError, match="put, take"):
         chat(client, tools=TOOLS, tool_choice=unknown)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    with serving(load(smollm2_gguf), name="smollm2", engine=REAL) as url:
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "strict": True,
+        "description": "Tells the weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "pattern": "^[A-Z][a-z]{1,15}$"},
+                "unit": {"enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.needs_model
+@pytest.mark.slow
+def test_smollm2_calls_a_tool_and_uses_its_result(smollm2):
+    asked = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
+    options = {"model": "smollm2", "tools": [WEATHER], "temperature": 0, "max_tokens": 80}
+    for choice in ("required", "auto"):
+        called = options | {"tool_choice": choice, "parallel_tool_calls": False}
+        with smollm2.chat.completions.stream(messages=asked, **called) as stream:
+            kinds = [event.type for event in stream]
+            said = stream.get_final_completion().choices[0]
+        whole = smollm2.chat.completions.create(messages=asked, **called).choices[0]
+        assert said.finish_reason == whole.finish_reason
+        if choice == "required":
+            (call,) = said.message.tool_calls
+            assert call.function.parsed_arguments == {"city": "Paris", "unit": "celsius"}
+            assert kinds.count("tool_calls.function.arguments.delta") > 5
+            assert said.message.tool_calls[0].function.arguments == (
+                whole.message.tool_calls[0].function.arguments
+            )
+            made = whole.message.model_dump(exclude_none=True)
+    result = {"role": "tool", "tool_call_id": made["tool_calls"][0]["id"], "content": "21 degrees"}
+    answer = smollm2.chat.completions.create(messages=[*asked, made, result], **options)
+    assert "21" in answer.choices[0].message.content
+
+
+@pytest.mark.needs_model
+@pytest.mark.slow
+def test_smollm2_fills_a_schema_and_keeps_words_out(smollm2):
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"type": "string"}, "country": {"type": "string"}},
+        "required": ["capital", "country"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    ask = {"model": "smollm2", "temperature": 0, "max_tokens": 60}
+    ask["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = smollm2.chat.completions.create(response_format=form, **ask).choices[0]
+    assert json.loads(answer.message.content)["capital"] == "Paris"
+    plain = smollm2.chat.completions.create(**ask).choices[0].message.content
+    assert "Paris" in plain
+    banned = smollm2.chat.completions.create(extra_body={"bad_words": ["Paris"]}, **ask)
+    assert "Paris" not in banned.choices[0].message.content

@@ -217,10 +217,10 @@ MARKED = marked_tokenizer()
 def test_calls_of_a_random_model_always_parse(choice, style, tokenizer):
     engine = Engine(replace(make_model(), tokenizer=tokenizer), CONFIG)
     planned = plan_tools(TOOLS, choice, style, tokenizer=tokenizer)
-    options = {"max_tokens": 220, "temperature": 1.0, "grammar": planned.grammar}
+    options = {"max_tokens": 180, "temperature": 1.0, "grammar": planned.grammar}
     if planned.markers:
         options |= {"skip_special_tokens": False, "logit_bias": {256: 9.0}}
-    requests, news = run(engine, [([i], SamplingParams(seed=i, **options)) for i in range(12)])
+    requests, news = run(engine, [([i], SamplingParams(seed=i, **options)) for i in range(8)])
     kinds = []
     for request, heard in zip(requests, news, strict=True):
         answer, pieces = Answer(tokenizer, planned), []
@@ -238,7 +238,7 @@ def test_calls_of_a_random_model_always_parse(choice, style, tokenizer):
             assert "".join(parts) == function["arguments"]
         assert reason == "length" or "<|" not in words
         kinds.append((reason, bool(words), len(calls)))
-    assert sum(calls for _, _, calls in kinds) >= 5
+    assert sum(calls for _, _, calls in kinds) >= 3
     assert choice == "required" or any(words and calls for _, words, calls in kinds)
 
 

@@ -22,7 +22,10 @@ from internjax.models.lm import (
 )
 
 STANDARD = ("max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
-EXTRA = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
+EXTRA = (
+    "top_k", "min_p", "typical_p", "repetition_penalty", "ignore_eos", "stop_token_ids",
+    "min_tokens", "bad_words", "skip_special_tokens",
+)  # fmt: skip
 """Sampling options that OpenAI's API does not have; sent only when they differ from the default."""
 
 

@@ -40,8 +40,11 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    """How the answer is formed; `regex_schema` is LMDeploy's."""
+
+    type: Literal["text", "json_object", "json_schema", "regex_schema"]
     json_schema: JsonSchema | None = None
+    regex_schema: Text | None = None
 
 
 class Function(Body):
@@ -170,6 +173,8 @@ class ChatBody(SamplingBody):
             raise UserError("give grammar or response_format, not both.")
         if form.type == "json_object":
             return {"json_schema": {"type": "object"}}
+        if form.type == "regex_schema":
+            return {"regex": form.regex_schema or ""}
         if form.json_schema is None:
             raise UserError("response_format: type json_schema needs the field json_schema.")
         return {"json_schema": form.json_schema.schema_}
