@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/kv_slots.py [MODEL]
 
 Two ways. By arithmetic: a position takes, of each layer, head, and of K and V, `head_dim` numbers,
-and in int8 a float32 scale besides. By allocation: the bytes of all arrays that an engine holds with
-16 slots less those with 8, over 8 slots. Prints
+and in int8 a float32 scale besides. By allocation: the bytes of all arrays that an engine with 16
+slots holds less those with 8, over 8 slots (what sampling keeps for a slot is counted, too). Prints
 
     KV dtype bytes-a-token (arithmetic) bytes-a-slot (allocated) bytes-a-token (allocated)
     GOAL kv_int8_slots_vs_bf16_arithmetic value 1.85 met|missed

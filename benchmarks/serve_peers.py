@@ -101,7 +101,7 @@ def client(server: Running, folder: Path, concurrency: int, requests: int, seed:
 
 
 def measure(started: dict[str, Running], folder: Path, plan: Plan) -> Figures:
-    """Rounds in turn; a request of each shape warms a server up before its first round."""
+    """Rounds in turn; the client itself sends one request ahead of those that it times."""
     figures: Figures = {}
     for turn in range(plan.rounds):
         for name, server in started.items():
@@ -109,10 +109,11 @@ def measure(started: dict[str, Running], folder: Path, plan: Plan) -> Figures:
             for concurrency, requests in plan.requests.items():
                 seed = 100 * turn + concurrency  # new prompts: a prefix cache gains nothing
                 found = client(server, folder, concurrency, requests, seed)
-                for measure, (field, unit, _) in MEASURES.items():
-                    key = name, concurrency, measure
-                    figures.setdefault(key, []).append(unit * found[field])
-                print(f"DONE round {turn + 1} {name} concurrency {concurrency}", flush=True)
+                values = {m: unit * found[field] for m, (field, unit, _) in MEASURES.items()}
+                for measure, value in values.items():
+                    figures.setdefault((name, concurrency, measure), []).append(value)
+                said = ", ".join(f"{measure} {value:.4g}" for measure, value in values.items())
+                print(f"ROUND {turn + 1} {name} concurrency {concurrency}: {said}", flush=True)
             server.pause()
     return figures
 
