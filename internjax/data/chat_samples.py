@@ -6,7 +6,7 @@ fault raises as `file:line:field: message` (for a json array, the line is the ro
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ class _Fault(ValueError):
         self.field, self.message = field, message
 
 
-def read_chats(path: Path, *, form: str = "auto") -> list[Messages]:
+def read_chats(
+    path: Path, *, form: str = "auto", on_fault: Callable[[str], None] | None = None
+) -> list[Messages]:
     """Reads all conversations of a .jsonl or .json file.
 
     Args:
       form: alpaca, sharegpt, openai, or auto: each row by the keys it has.
+      on_fault: told of each row that is not a conversation, which is then left out.
 
     Raises:
       Missing: no such file. Corrupt: a row is not a conversation, with file, line and field.
@@ -53,7 +56,11 @@ def read_chats(path: Path, *, form: str = "auto") -> list[Messages]:
             messages = CONVERT[_form_of(row) if form == "auto" else form](row)
             check_messages(messages)
         except _Fault as fault:
-            raise Corrupt(f"{path.name}:{line}:{fault.field}: {fault.message}") from None
+            said = f"{path.name}:{line}:{fault.field}: {fault.message}"
+            if on_fault is None:
+                raise Corrupt(said) from None
+            on_fault(said)
+            continue
         chats.append(messages)
     if not chats:
         raise Corrupt(f"{path.name}:1:-: the file holds no conversation")
