@@ -308,11 +308,11 @@ def check_affinity(client):
 
 
 def check_leaving(client):
-    before = sum(metric(client, "internjax_cancelled"))
+    before = sum(metric(client, "internjax_cancelled_total"))
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 480, "ignore_eos": True}
     with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
         next(answer.iter_lines())
-    wait_for(lambda: sum(metric(client, "internjax_cancelled")) == before + 1, 10)
+    wait_for(lambda: sum(metric(client, "internjax_cancelled_total")) == before + 1, 10)
     assert metric(client, "internjax_in_flight") == [0, 0]
 
 

@@ -64,7 +64,7 @@ class Front:
         body = await _read(receive, headers, self.config.max_body_bytes)
         if isinstance(body, int):
             message = f"the body is larger than {body} bytes."
-            await respond(send, 413, message, incoming.id, code="too_large")
+            await respond(send, 413, message, incoming.id, code="body_too_large")
         elif body is not None:
             metrics = reads and incoming.path == "/metrics"
             work = self._metrics if metrics else self._answer
