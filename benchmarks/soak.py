@@ -176,6 +176,17 @@ async def work(soak: Soak, seed: int, until: float) -> None:
             soak.wrong.append(f"{case}: {type(error).__name__}: {error}")
 
 
+async def warm_up(soak: Soak) -> None:
+    """Does everything at once a few times: what threads and caches keep for good, they take now.
+
+    A thread that has once read the longest body keeps memory for the next one (tens of MiB).
+    """
+    longest = max(ILLEGAL, key=len)
+    for _ in range(3):
+        big = [post(soak, "illegal", "/v1/completions", longest, legal=False) for _ in range(16)]
+        await asyncio.gather(*big, *(one(soak, random.Random(c), c) for c in CASES))
+
+
 # What is watched -----------------------------------------------------------------------------
 
 
@@ -288,6 +299,7 @@ async def soaked(url: str, pid: int, seconds: float, workers: int, every: float)
         soak = Soak(client, pid, card["max_model_len"])
         if soak.context < LEAST_CONTEXT:
             raise SystemExit(f"context={soak.context}: the load needs {LEAST_CONTEXT}")
+        await warm_up(soak)
         start = time.monotonic()
         watching = asyncio.create_task(watch(soak, start, every))
         await asyncio.gather(*(work(soak, i, start + seconds) for i in range(workers)))
@@ -311,19 +323,25 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "internjax.cli", "serve", path, "serve.port=0"]
         command += ["serve.name=soak", "serve.warmup=true", *serve]
         print(" ".join(command[3:]), flush=True)
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        log = open(Path(folder) / "log", "w+", encoding="utf-8")  # noqa: SIM115: it is read below
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        faults = ["the server did not start"]
         try:
             line = server.stdout.readline()
             url = re.search(r"(http://\S+)/v1", line)
-            if not url:
-                raise SystemExit("the server did not start: its message stands above")
-            faults = asyncio.run(soaked(url[1], server.pid, seconds, workers, every))
-            server.send_signal(signal.SIGTERM)
-            if (code := server.wait(60)) != 0:
-                faults.append(f"the server ended with exit code {code}")
+            if url:
+                faults = asyncio.run(soaked(url[1], server.pid, seconds, workers, every))
+                server.send_signal(signal.SIGTERM)
+                if (code := server.wait(60)) != 0:
+                    faults.append(f"the server ended with exit code {code}")
         finally:
             server.kill()
             server.wait()
+            with log:
+                log.seek(0)
+                told = [line for line in log if not line.startswith("{")]  # not each request
+            if faults:
+                print("".join(told[-30:]), file=sys.stderr)
     print("\n".join(f"FAULT {fault}" for fault in faults) or "PASSED", flush=True)
     return 1 if faults else 0
 

@@ -307,6 +307,27 @@ def check_affinity(client):
     assert sum(metric(client, "internjax_replica_requests_total")) >= 18
 
 
+def check_memory(client):
+    """What one replica remembers is found again: stored responses and sessions."""
+    body = {"model": "tiny", "max_output_tokens": 3}
+    made = [client.post("/v1/responses", json=body | {"input": f"{i}"}).json() for i in range(4)]
+    for response in made:
+        path = f"/v1/responses/{response['id']}"
+        assert client.get(path).json()["id"] == response["id"]
+        follow = {"input": "and?", "previous_response_id": response["id"]}
+        assert client.post("/v1/responses", json=body | follow).status_code == 200
+        assert client.delete(path).status_code == 200
+        assert client.get(path).status_code == 404
+    turn = {"interactive_mode": True, "request_output_len": 3, "prompt": "hello"}
+    for session in (1, 2, 3):
+        lengths = [
+            client.post("/v1/chat/interactive", json=turn | {"session_id": session}).json()
+            for _ in range(3)
+        ]
+        grows = [length["history_tokens"] for length in lengths]
+        assert grows[0] < grows[1] < grows[2]
+
+
 def check_leaving(client):
     before = sum(metric(client, "internjax_cancelled_total"))
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 480, "ignore_eos": True}
@@ -360,6 +381,7 @@ def test_a_life_with_two_replicas(folder):
         check_start(process, client)
         check_guarding(client)
         check_affinity(client)
+        check_memory(client)
         check_leaving(client)
         check_killing(process, client)
         check_drain(process, client)
