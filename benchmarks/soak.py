@@ -307,6 +307,26 @@ async def soaked(url: str, pid: int, seconds: float, workers: int, every: float)
         return verdict(soak, await idle(soak))
 
 
+def served_and_soaked(
+    command: list[str], log: Path, seconds: float, workers: int, every: float
+) -> list[str]:
+    """Starts a server, soaks it and stops it; returns what is wrong."""
+    with log.open("w") as told:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
+    try:
+        url = re.search(r"(http://\S+)/v1", server.stdout.readline())
+        if not url:
+            return ["the server did not start"]
+        faults = asyncio.run(soaked(url[1], server.pid, seconds, workers, every))
+        server.send_signal(signal.SIGTERM)
+        if (code := server.wait(60)) != 0:
+            faults.append(f"the server ended with exit code {code}")
+        return faults
+    finally:
+        server.kill()
+        server.wait()
+
+
 def main(argv: list[str]) -> int:
     given = dict(a.split("=", 1) for a in argv if "=" in a)
     names = [a for a in argv if "=" not in a]
@@ -323,25 +343,11 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "internjax.cli", "serve", path, "serve.port=0"]
         command += ["serve.name=soak", "serve.warmup=true", *serve]
         print(" ".join(command[3:]), flush=True)
-        log = open(Path(folder) / "log", "w+", encoding="utf-8")  # noqa: SIM115: it is read below
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        faults = ["the server did not start"]
-        try:
-            line = server.stdout.readline()
-            url = re.search(r"(http://\S+)/v1", line)
-            if url:
-                faults = asyncio.run(soaked(url[1], server.pid, seconds, workers, every))
-                server.send_signal(signal.SIGTERM)
-                if (code := server.wait(60)) != 0:
-                    faults.append(f"the server ended with exit code {code}")
-        finally:
-            server.kill()
-            server.wait()
-            with log:
-                log.seek(0)
-                told = [line for line in log if not line.startswith("{")]  # not each request
-            if faults:
-                print("".join(told[-30:]), file=sys.stderr)
+        log = Path(folder) / "log"
+        faults = served_and_soaked(command, log, seconds, workers, every)
+        if faults:  # what the server told, without the line of each request
+            told = [line for line in log.read_text().splitlines() if not line.startswith("{")]
+            print("\n".join(told[-30:]), file=sys.stderr)
     print("\n".join(f"FAULT {fault}" for fault in faults) or "PASSED", flush=True)
     return 1 if faults else 0
 
