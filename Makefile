@@ -30,7 +30,7 @@ VNNI := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo 2>/dev/null),ON,OFF)
 LLAMA := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=$(VNNI) \
          -DGGML_AVX512_VNNI=$(VNNI) -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: help quickstart chain test test-deep lint lock peers serve-peers plan-env plan-check kernel-check sanitize aarch64 clean
+.PHONY: help quickstart chain test test-deep lint lock peers serve-peers plan-env plan-check kernel-check sanitize aarch64 soak clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,10 @@ sanitize: ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 aarch64: ## the CPU kernels on aarch64, under qemu: the same bits as here
 	@echo "== CPU kernels on aarch64"
 	@PY=$(PY) bash tools/aarch64_kernels.sh
+
+soak: $(STAMPS)/dev ## two minutes of mixed load on a server with replicas: memory stays flat, nothing hangs
+	@echo "== Soak"
+	@$(PY) benchmarks/soak.py tiny seconds=120 serve.replicas=2
 
 peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU) for benchmarks and golden files
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from internjax.errors import Missing, UserError
 from internjax.models.load import Model
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.keys import Keys
+from internjax.serve.listening import base_url, listening
+from internjax.serve.replicas.config import RouterConfig
 from internjax.serve.thread import EngineThread
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ class ServeConfig:
       log_text: write prompts and answers into the log.
       drain_seconds: how long running requests may finish after a signal to stop.
       warmup: compile every program before the first request.
+      replicas: processes with an engine each, behind a router (`serve.replicas`); 0 serves in this
+        process.
+      router: which replica answers what.
       engine: slots, context, cache precision, queue.
     """
 
@@ -58,6 +63,8 @@ class ServeConfig:
     log_text: bool = False
     drain_seconds: float = 30.0
     warmup: bool = False
+    replicas: int = 0
+    router: RouterConfig = field(default_factory=RouterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
@@ -78,20 +85,36 @@ class ServeConfig:
                 "grpc_port and a limit a minute: limits are counted over HTTP only, so gRPC would "
                 "get around them; give one of the two."
             )
+        if self.replicas < 0:
+            raise UserError(f"replicas={self.replicas}: it must be at least 0.")
+        if self.replicas and self.grpc_port is not None:
+            raise UserError(
+                "grpc_port and replicas: the router speaks HTTP, gRPC is served by one process; "
+                "give one of the two."
+            )
 
 
-def run_server(model: Model, config: ServeConfig, *, on_ready=None, on_grpc=None) -> None:
+def run_server(
+    model: Model,
+    config: ServeConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    on_grpc: Callable[[str], None] | None = None,
+    given: socket.socket | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM, then lets running requests finish for `drain_seconds`.
 
     Args:
       on_ready: called with the base URL once connections are accepted.
       on_grpc: called before that with "HOST:PORT" of gRPC, where it is served.
+      given: listening socket of a replica: all it hears comes through the router's front process.
 
     Raises:
       UserError: the port is taken or the address cannot be used.
     """
-    with _listening(config) as listener:
-        server, engine = _build(model, config)
+    own = listening(config.host, config.port)
+    with contextlib.nullcontext(given) if given else own as listener:
+        server, engine = _build(model, config, behind_front=given is not None)
         try:
             beside = _grpc_beside(config, model, engine, server)
             stopping = _stopping_on_signals(server, engine, config.drain_seconds)
@@ -99,7 +122,7 @@ def run_server(model: Model, config: ServeConfig, *, on_ready=None, on_grpc=None
                 if on_grpc and grpc_address:
                     on_grpc(grpc_address)
                 if on_ready:
-                    on_ready(_base_url(listener))
+                    on_ready(base_url(listener))
                 server.run(sockets=[listener])
         finally:
             engine.close()
@@ -126,7 +149,7 @@ def serving(
     """
     options |= {"port": port, "name": name, "api_key": api_key}
     config = ServeConfig(engine=engine or EngineConfig(), **options)
-    with _listening(config) as listener:
+    with listening(config.host, config.port) as listener:
         server, worker = _build(model, config)
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
@@ -136,18 +159,39 @@ def serving(
             _wait_started(server, thread)
             beside = _grpc_beside(config, model, worker, server)
             with beside, contextlib.closing(worker):
-                yield _base_url(listener)
+                yield base_url(listener)
         finally:
             worker.close()
             server.should_exit = True
             thread.join(timeout=30)
 
 
-def _build(model: Model, config: ServeConfig):
-    """Returns a uvicorn server whose shutdown drains the engine, and the engine at work."""
+def _build(model: Model, config: ServeConfig, *, behind_front: bool = False):
+    """Returns a uvicorn server whose shutdown drains the engine, and the engine at work.
+
+    Args:
+      behind_front: all requests come through a front process, which says whose they are.
+    """
     try:
         import uvicorn
+    except ModuleNotFoundError as error:
+        raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
 
+    app, worker = build_app(model, config)
+    options = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+        lifespan="off",
+        ws="none",
+        forwarded_allow_ips="*" if behind_front else None,
+    )
+    return uvicorn.Server(options), worker
+
+
+def build_app(model: Model, config: ServeConfig):
+    """Returns the ASGI application over a model, and the engine at work behind it."""
+    try:
         from internjax.serve.http.app import make_app
     except ModuleNotFoundError as error:
         raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
@@ -158,14 +202,7 @@ def _build(model: Model, config: ServeConfig):
         programs = engine.warm_up()
         log.info("compiled %d programs in %.1f s", len(programs), time.monotonic() - start)
     worker = EngineThread(engine)
-    options = uvicorn.Config(
-        make_app(_service(model, config, worker), config.cors_origins),
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
-        lifespan="off",
-        ws="none",
-    )
-    return uvicorn.Server(options), worker
+    return make_app(_service(model, config, worker), config.cors_origins), worker
 
 
 def _service(model: Model, config: ServeConfig, worker: EngineThread):
@@ -246,30 +283,6 @@ def _stopping_on_signals(server, engine: EngineThread, drain_seconds: float) -> 
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _listening(config: ServeConfig) -> Iterator[socket.socket]:
-    listener = socket.socket(socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}): another program may "
-            "hold the port; give port=0 or another one."
-        ) from error
-    try:
-        listener.listen(128)
-        yield listener
-    finally:
-        listener.close()
-
-
-def _base_url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{host}:{port}/v1"
 
 
 def _wait_started(server, thread: threading.Thread, timeout_seconds: float = 30) -> None:

@@ -81,6 +81,11 @@ class EngineThread:
         """Whether new requests are refused."""
         return self._closing.is_set()
 
+    @property
+    def alive(self) -> bool:
+        """Whether rounds are done; once they are not, only a new process helps."""
+        return self._thread.is_alive()
+
     def submit(self, job: Job, emit: Callable[[Delta], None]) -> Request:
         """See `Engine.submit`.
 

@@ -18,8 +18,9 @@ def add_info(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        closing = service.engine.closing
-        return JSONResponse({"status": "closing" if closing else "ok"}, 503 if closing else 200)
+        engine = service.engine
+        status = "closing" if engine.closing else "ok" if engine.alive else "dead"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

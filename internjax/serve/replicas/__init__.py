@@ -1,0 +1,1 @@
+"""Several engines behind one address: processes kept alive, a router with affinity, no JAX."""
