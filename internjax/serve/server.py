@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from internjax.errors import Missing, UserError
-from internjax.models.load import Model
+from internjax.models.load import Model, load
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.keys import Keys
 from internjax.serve.listening import base_url, listening
@@ -41,6 +41,7 @@ class ServeConfig:
       log_text: write prompts and answers into the log.
       drain_seconds: how long running requests may finish after a signal to stop.
       warmup: compile every program before the first request.
+      draft: name or path of a smaller model, whose guesses the engine checks (`engine.speculate`).
       replicas: processes with an engine each, behind a router (`serve.replicas`); 0 serves in this
         process.
       router: which replica answers what.
@@ -63,6 +64,7 @@ class ServeConfig:
     log_text: bool = False
     drain_seconds: float = 30.0
     warmup: bool = False
+    draft: str = ""
     replicas: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -84,6 +86,10 @@ class ServeConfig:
             raise UserError(
                 "grpc_port and a limit a minute: limits are counted over HTTP only, so gRPC would "
                 "get around them; give one of the two."
+            )
+        if bool(self.draft) and not self.engine.speculate:
+            raise UserError(
+                f"draft={self.draft}: say how many tokens it guesses, for example engine.speculate=4."
             )
         if self.replicas < 0:
             raise UserError(f"replicas={self.replicas}: it must be at least 0.")
@@ -196,7 +202,8 @@ def build_app(model: Model, config: ServeConfig):
     except ModuleNotFoundError as error:
         raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
 
-    engine = Engine(model, config.engine)
+    draft = load(config.draft, dtype=model.cfg.dtype, packed=True) if config.draft else None
+    engine = Engine(model, config.engine, draft=draft)
     if config.warmup:
         start = time.monotonic()
         programs = engine.warm_up()
