@@ -18,7 +18,7 @@ For times (ttft, tpot) times-better is theirs over ours, so above 1 is always a 
 when a peer is missing (`make serve-peers` builds them); what is there is compared all the same.
 requests=4 sends so few (at 16 too) that only the script itself is tried.
 quick=true: one round, fewer prompts, no float32 of vLLM; at most 5 minutes on two cores.
-transformers has a server too; it knows no `ignore_eos`, so no equal load can be put on it.
+transformers has a server too; it knows no `ignore_eos`, by which the client makes answers equal.
 """
 
 import json
