@@ -52,6 +52,13 @@ def init_cache(cfg: ModelConfig, blocks: int, block: int, dtype="float32") -> KV
     return KVCache(arrays(shape, dtype), arrays(shape, dtype), scale(), scale())
 
 
+def unwritten_cache(cfg: ModelConfig, blocks: int, block: int, dtype="float32") -> KVCache:
+    """Makes a cache that holds anything and takes memory as it fills; only where `in_place`."""
+    zeros = jax.eval_shape(lambda: init_cache(cfg, blocks, block, dtype))
+    shapes, tree = jax.tree.flatten(zeros)
+    return jax.tree.unflatten(tree, cpu_rope_write.unwritten(shapes))
+
+
 def quantize_rows(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
     """Returns int8 values and a float32 scale a token and head: x ~ values * scale."""
     scale = jnp.maximum(jnp.abs(x).max(axis=-1).astype(jnp.float32) / 127.0, 1e-12)

@@ -87,9 +87,9 @@ class DraftModel:
         read = [(np.asarray(tokens), places) for tokens, places in chosen]
         return {r.id: [int(tokens[places[r.id]]) for tokens, places in read[:n]] for r, n in wanted}
 
-    def warm_up(self, rows: Sequence[dict]) -> list[str]:
+    def warm_up(self, rows: Sequence[dict], *, least: bool) -> list[str]:
         """Compiles its programs."""
-        return self.programs.warm_up(self.params, rows)
+        return self.programs.warm_up(self.params, rows, least=least)
 
 
 def may_guess(request: Request) -> bool:

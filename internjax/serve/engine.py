@@ -187,14 +187,18 @@ class Engine:
         with self.work:
             self.scheduler.pool.forget()
 
-    def warm_up(self) -> list[str]:
-        """Compiles every program ahead of the first request; returns their names."""
+    def warm_up(self, *, least: bool = False) -> list[str]:
+        """Compiles every program ahead of the first request; returns their names.
+
+        Args:
+          least: only those that a first short request needs.
+        """
         assert not self.in_flight(), "warm_up needs an idle engine"
-        asked = (SamplingParams(), SamplingParams(logit_bias={0: 0.0}))
+        asked = (SamplingParams(), SamplingParams(logit_bias={0: 0.0}))[: 1 if least else 2]
         rows = [self._row(params, (0,), (), 0) for params in asked]
         if self._guesser:
-            self._guesser.warm_up(rows)
-        return self.programs.warm_up(self.params, rows)
+            self._guesser.warm_up(rows, least=least)
+        return self.programs.warm_up(self.params, rows, least=least)
 
     def _prefill_some(self) -> None:
         """Prefills the oldest prompts as far as the budgets go; seats those that are complete."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internjax.models import rope
-from internjax.models.cache import in_place, init_cache
+from internjax.models.cache import in_place
 from internjax.models.config import ModelConfig
 from internjax.serve import slots as device
 from internjax.serve.config import EngineConfig, EngineStats
@@ -76,8 +76,8 @@ class Programs:
     def reset(self) -> None:
         """Starts from empty slots and an empty cache."""
         config = self.config
-        cache = init_cache(self.cfg, self.blocks, config.block, config.kv_dtype)
-        self._slots = device.init_slots(self.cfg, config.slots, cache)
+        sizes = config.slots, self.blocks, config.block
+        self._slots = device.init_slots(self.cfg, *sizes, config.kv_dtype)
         zeros = lambda n: (jnp.zeros((n, self._words), jnp.uint32), jnp.zeros(n, bool))  # noqa: E731
         self._no_mask = {size: zeros(size) for size in self.sizes}
 
@@ -112,24 +112,27 @@ class Programs:
         cache = device.wipe(self._slots.cache, np.int32(block))
         self._slots = self._slots.replace(cache=cache)
 
-    def warm_up(self, params: Params, rows: Sequence[dict]) -> list[str]:
+    def warm_up(self, params: Params, rows: Sequence[dict], *, least: bool) -> list[str]:
         """Compiles every program; returns their names.
 
         Args:
           rows: of sampling parameters, one of each shape.
+          least: only the smallest shapes; then later compilations are no surprise.
         """
         freq = rope.inv_freq(self.cfg).astype(np.float32)
-        for attend in self.attends:
-            for size in (c for c in CHUNKS if c <= attend and not self.one_way):
+        for attend in self.attends[: 1 if least else None]:
+            chunks = CHUNKS[: 1 if least else None]
+            for size in (c for c in chunks if c <= attend and not self.one_way):
                 tokens = np.zeros(size, np.int32)
                 self._prefill(params, self._table([[]]), tokens, 0, freq, attend)
-            for size in self.sizes:
+            for size in self.sizes[: 1 if least else None]:
                 self._step(params, self._rows((), size), self._no_mask[size], attend)
         for row in rows:
             self.seat(0, row)
-        self.wipe(0)
+        if not least:
+            self.wipe(0)
         jax.block_until_ready(self._slots)
-        self.warm = True
+        self.warm = not least
         return sorted(" ".join(map(str, p)) for p in self._met)
 
     def _rows(self, pieces: Sequence[Piece], count: int) -> device.Rows:

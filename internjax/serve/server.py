@@ -89,7 +89,8 @@ class ServeConfig:
             )
         if bool(self.draft) and not self.engine.speculate:
             raise UserError(
-                f"draft={self.draft}: say how many tokens it guesses, for example engine.speculate=4."
+                f"draft={self.draft}: say how many tokens it guesses, for example "
+                "engine.speculate=4."
             )
         if self.replicas < 0:
             raise UserError(f"replicas={self.replicas}: it must be at least 0.")
@@ -120,7 +121,7 @@ def run_server(
     """
     own = listening(config.host, config.port)
     with contextlib.nullcontext(given) if given else own as listener:
-        server, engine = _build(model, config, behind_front=given is not None)
+        server, engine = _build(model, config, first=True, behind_front=given is not None)
         try:
             beside = _grpc_beside(config, model, engine, server)
             stopping = _stopping_on_signals(server, engine, config.drain_seconds)
@@ -156,7 +157,7 @@ def serving(
     options |= {"port": port, "name": name, "api_key": api_key}
     config = ServeConfig(engine=engine or EngineConfig(), **options)
     with listening(config.host, config.port) as listener:
-        server, worker = _build(model, config)
+        server, worker = _build(model, config, first=False)
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
         )
@@ -172,10 +173,11 @@ def serving(
             thread.join(timeout=30)
 
 
-def _build(model: Model, config: ServeConfig, *, behind_front: bool = False):
+def _build(model: Model, config: ServeConfig, *, first: bool, behind_front: bool = False):
     """Returns a uvicorn server whose shutdown drains the engine, and the engine at work.
 
     Args:
+      first: see `build_app`.
       behind_front: all requests come through a front process, which says whose they are.
     """
     try:
@@ -183,7 +185,7 @@ def _build(model: Model, config: ServeConfig, *, behind_front: bool = False):
     except ModuleNotFoundError as error:
         raise Missing(f"The server needs {error.name}: pip install 'internjax[serve]'") from error
 
-    app, worker = build_app(model, config)
+    app, worker = build_app(model, config, first=first)
     options = uvicorn.Config(
         app,
         log_level="warning",
@@ -195,8 +197,12 @@ def _build(model: Model, config: ServeConfig, *, behind_front: bool = False):
     return uvicorn.Server(options), worker
 
 
-def build_app(model: Model, config: ServeConfig):
-    """Returns the ASGI application over a model, and the engine at work behind it."""
+def build_app(model: Model, config: ServeConfig, *, first: bool = True):
+    """Returns the ASGI application over a model, and the engine at work behind it.
+
+    Args:
+      first: compile what a first short request needs, also without `config.warmup`.
+    """
     try:
         from internjax.serve.http.app import make_app
     except ModuleNotFoundError as error:
@@ -204,10 +210,11 @@ def build_app(model: Model, config: ServeConfig):
 
     draft = load(config.draft, dtype=model.cfg.dtype, packed=True) if config.draft else None
     engine = Engine(model, config.engine, draft=draft)
-    if config.warmup:
+    if config.warmup or first:
         start = time.monotonic()
-        programs = engine.warm_up()
-        log.info("compiled %d programs in %.1f s", len(programs), time.monotonic() - start)
+        programs = engine.warm_up(least=not config.warmup)
+        names = "\n  ".join(["", *programs])
+        log.info("%d programs in %.1f s%s", len(programs), time.monotonic() - start, names)
     worker = EngineThread(engine)
     return make_app(_service(model, config, worker), config.cors_origins), worker
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from internjax.models.cache import KVCache
+from internjax.models.cache import KVCache, in_place, init_cache, unwritten_cache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
 from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
@@ -57,8 +57,11 @@ class Rows:
     active: Leaf
 
 
-def init_slots(cfg: ModelConfig, num_slots: int, cache: KVCache) -> Slots:
-    """Makes the state of `num_slots` empty slots."""
+@partial(jax.jit, static_argnames=("cfg", "num_slots", "blocks", "block", "kv_dtype"))
+def init_slots(cfg: ModelConfig, num_slots: int, blocks: int, block: int, kv_dtype: str) -> Slots:
+    """Makes the state of `num_slots` empty slots; one program, so that a server starts fast."""
+    make = unwritten_cache if in_place(cfg, kv_dtype) else init_cache
+    cache = make(cfg, blocks, block, kv_dtype)
     sampling = init_sampling(num_slots, cfg.vocab_size)
     return Slots(cache, jnp.zeros(num_slots, jnp.int32), sampling)
 

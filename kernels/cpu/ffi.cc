@@ -160,8 +160,14 @@ ffi::Error run_rope_write(ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
   return ffi::Error::Success();
 }
 
+// See `unwritten` in rope_write.py: what is not written takes no memory until it is.
+ffi::Error leave_unwritten(ffi::RemainingRets) { return ffi::Error::Success(); }
+
 }  // namespace
 }  // namespace internjax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxUnwritten, internjax::leave_unwritten,
+                              ffi::Ffi::Bind().RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxQuantMatmuls, internjax::run_matmuls,
                               ffi::Ffi::Bind()

@@ -21,6 +21,7 @@ _HANDLERS = {
     "internjax_quant_matmuls": "InternjaxQuantMatmuls",
     "internjax_rope_write": "InternjaxRopeWrite",
     "internjax_paged_attention": "InternjaxPagedAttention",
+    "internjax_unwritten": "InternjaxUnwritten",
 }
 _LOST = (
     "the CPU kernels are not there (%s): quantized weights are expanded to floats, which takes more"

@@ -4,6 +4,8 @@ One call a layer: as separate operations XLA hands them from thread to thread, w
 than they do.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -47,6 +49,15 @@ def rope_write(
     call = jax.ffi.ffi_call("internjax_rope_write", results, input_output_aliases=aliases)
     rotated, *pool = call(*rows, goals, *pool)
     return rotated.reshape(q.shape).astype(q.dtype), tuple(pool)
+
+
+def unwritten(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """Returns arrays that hold anything: the system gives them memory where they are written.
+
+    For pools that only these kernels use, which read nothing that they did not write.
+    """
+    library.check_choice("cpu", "")
+    return list(jax.ffi.ffi_call("internjax_unwritten", list(shapes))())
 
 
 def serves(q: Array | jax.ShapeDtypeStruct, dtype) -> bool:
