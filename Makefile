@@ -10,6 +10,7 @@ VENV   := .venv
 PEERS  := .venv-peers
 SERVE_PEERS := .venv-serve-peers
 PLAN   := .venv-plan
+UI     := .venv-ui
 PY     := $(VENV)/bin/python
 STAMPS := .stamps
 MODEL  := smollm2-135m-instruct
@@ -30,7 +31,7 @@ VNNI := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo 2>/dev/null),ON,OFF)
 LLAMA := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=$(VNNI) \
          -DGGML_AVX512_VNNI=$(VNNI) -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: help quickstart chain test test-deep lint lock peers serve-peers plan-env plan-check kernel-check sanitize aarch64 soak clean
+.PHONY: help quickstart chain test test-deep lint lock peers serve-peers plan-env plan-check kernel-check ui-check sanitize aarch64 soak clean
 
 help: ## says what there is to make
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +62,8 @@ lock: $(STAMPS)/dev ## writes requirements/*.txt anew from pyproject.toml
 	@$(COMPILE) $(QUICK) -c requirements/core.txt -o requirements/quickstart.txt
 	@$(COMPILE) --extra aot -c requirements/core.txt -o requirements/plan.txt
 	@$(COMPILE) $(QUICK) --extra grpc --extra dev -c requirements/quickstart.txt -o requirements/dev.txt
+	@$(COMPILE) --extra ui --extra ui-dev --extra serve --extra agents --extra dev \
+	   -c requirements/core.txt -o requirements/ui.txt
 
 plan-env: $(STAMPS)/plan ## the environment that compiles for GPUs without one (about 1.5 GB)
 
@@ -71,6 +74,11 @@ kernel-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the GPU kernels for sm_90
 plan-check: $(STAMPS)/dev $(STAMPS)/plan ## compiles the golden plans; fails where memory or traffic moved by 2%
 	@echo "== Golden plans"
 	@$(PY) tests/plan_goldens.py
+
+ui-check: $(STAMPS)/ui ## the web page in a headless Chromium (apt-get install chromium)
+	@echo "== Web page in a browser"
+	@source tools/need.sh; need chromium chromium
+	@$(UI)/bin/python -m pytest -q tests/test_chat_page.py
 
 sanitize: ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@echo "== CPU kernels under sanitizers"
@@ -89,8 +97,8 @@ peers: $(STAMPS)/peers ## the peers' own environment (Python 3.11, torch on CPU)
 serve-peers: $(STAMPS)/serve-peers ## other servers and clients (vLLM on CPU, llama.cpp's server, lm-eval; about 3 GB)
 
 clean: ## removes what was built here: environments, caches, stamps, CPU kernels (not runs/ and not the models)
-	@echo "== Removing $(VENV), $(PEERS), $(SERVE_PEERS), $(PLAN), $(STAMPS), .cache and build leftovers"
-	@rm -rf $(VENV) $(PEERS) $(SERVE_PEERS) $(PLAN) $(STAMPS) .cache build *.egg-info kernels/cpu/_native*.so .pytest_cache .ruff_cache .hypothesis
+	@echo "== Removing $(VENV), $(PEERS), $(SERVE_PEERS), $(PLAN), $(UI), $(STAMPS), .cache and build leftovers"
+	@rm -rf $(VENV) $(PEERS) $(SERVE_PEERS) $(PLAN) $(UI) $(STAMPS) .cache build *.egg-info kernels/cpu/_native*.so .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS):
@@ -125,6 +133,15 @@ $(STAMPS)/plan: requirements/plan.txt pyproject.toml | $(STAMPS)
 	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
 	   -r requirements/plan.txt
 	@$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Gradio wants an older Pillow than the other extras: the page and its browser tests live by themselves.
+$(STAMPS)/ui: requirements/ui.txt pyproject.toml | $(STAMPS)
+	@echo "== Web page: $(UI)"
+	@python="$$(bash tools/find_python.sh 3.12)"; echo "   with $$python"; "$$python" -m venv --clear $(UI)
+	@$(UI)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	   -r requirements/ui.txt
+	@$(UI)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/peers: tests/reference/requirements.txt | $(STAMPS)
