@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from internjax.models import rope
-from internjax.models.cache import init_cache
+from internjax.models.cache import dequantize_nibbles, init_cache, quantize_nibbles
 from internjax.models.config import ModelConfig, RopeConfig
 from internjax.models.decoder import decode, forward, init_params, param_table, unembed
 from internjax.models.internlm import CONFIGS
@@ -76,15 +76,26 @@ def test_rows_at_different_lengths_do_not_touch_each_other():
     np.testing.assert_allclose(unembed(params, x, CFG)[:, 0], expected, rtol=0, atol=1e-12)
 
 
-def test_int8_cache_stays_near_the_exact_one():
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.02), ("int4", 0.25)])
+def test_a_rounded_cache_stays_near_the_exact_one(dtype, bound):
     params, tokens = setup(CFG)
     zero = jnp.zeros(3, jnp.int32)
     exact, _ = decode(params, tokens, init_cache(CFG, 3, 24, "float64"), zero, CFG)
-    rounded, cache = decode(params, tokens, init_cache(CFG, 3, 24, "int8"), zero, CFG)
-    assert cache.k[0].dtype == jnp.int8
-    # A step of 1/127 of the largest entry moves a normed state by about a percent at most.
+    rounded, cache = decode(params, tokens, init_cache(CFG, 3, 24, dtype), zero, CFG)
+    assert cache.k[0].dtype == {"int8": jnp.int8, "int4": jnp.uint8}[dtype]
+    # A step of 1/127 of the largest entry moves a normed state by about a percent at most; one of
+    # 1/15 of the range by ten times as much.
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
-    assert 0 < float(error) < 0.02
+    assert 0 < float(error) < bound
+
+
+def test_four_bits_round_by_half_a_step():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 16)) * 3 + 1
+    values, scales = quantize_nibbles(x)
+    assert (values.shape, values.dtype, scales.shape) == ((2, 3, 4, 8), jnp.uint8, (2, 3, 4, 2))
+    error = jnp.abs(dequantize_nibbles(values, scales, jnp.float32) - x)
+    assert bool((error <= scales[..., :1] * 0.5001).all())
+    assert float(error.max()) > 0
 
 
 def test_packed_rows_equal_separate_documents():

@@ -95,11 +95,13 @@ def test_alone_is_among_others(model, kv_dtype):
 def test_quantized_and_plain_caches_agree(model):
     jobs = [(p, SamplingParams(max_tokens=8, logprobs=0, ignore_eos=True)) for p in prompts(50, 9)]
     texts = {}
-    for kv in ("float32", "int8"):
+    for kv in ("float32", "int8", "int4"):
         _, news = run(Engine(model, replace(CONFIG, kv_dtype=kv)), jobs)
         texts[kv] = [n[0].logprobs[0].logprob for n in news]
     # int8 keeps 7 bits of each key and value: the first token's logprob moves by a few percent
     assert texts["int8"] == pytest.approx(texts["float32"], abs=0.1)
+    assert texts["int4"] == pytest.approx(texts["float32"], abs=1.0)
+    assert texts["int4"] != texts["int8"] != texts["float32"]
 
 
 def test_length_stop_and_eos(model, engine):

@@ -27,7 +27,9 @@ class KVCache:
     Fields:
       k, v: tuples of L arrays `[P, C, K, H]`; one array a layer, so that a donated buffer is
         written in place (a stacked one is copied at every step on CPU).
-      k_scale, v_scale: tuples of L arrays `[P, C, K]` float32 when k and v are int8, else ().
+        Of 4 bits they are uint8 `[P, C, K, H/2]`: dim i in the low, i + H/2 in the high half.
+      k_scale, v_scale: tuples of L arrays, float32: `[P, C, K]` when k and v are int8,
+        `[P, C, K, 2]` (step and least value) when they are of 4 bits, else ().
     """
 
     k: tuple[Leaf, ...]
@@ -42,12 +44,16 @@ class KVCache:
 
 
 def init_cache(cfg: ModelConfig, blocks: int, block: int, dtype="float32") -> KVCache:
-    """Makes an empty cache; `dtype` "int8" quantizes per token and head, symmetric to 127 steps."""
+    """Makes an empty cache of a dtype, of "int8" or of "int4": rounded per token and head."""
     shape = (blocks, block, cfg.num_kv_heads, cfg.head_dim)
 
     def arrays(shape: tuple[int, ...], dtype) -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
 
+    if dtype == "int4":
+        values, scales = (*shape[:3], cfg.head_dim // 2), (*shape[:3], 2)
+        kinds = (values, jnp.uint8), (values, jnp.uint8), (scales, jnp.float32)
+        return KVCache(*(arrays(*kind) for kind in (*kinds, kinds[-1])))
     scale = (lambda: arrays(shape[:3], jnp.float32)) if jnp.dtype(dtype) == jnp.int8 else tuple
     return KVCache(arrays(shape, dtype), arrays(shape, dtype), scale(), scale())
 
@@ -66,6 +72,25 @@ def quantize_rows(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
     return values, scale
 
 
+def quantize_nibbles(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
+    """Returns 4-bit values `[B, T, K, H/2]` and (step, least value) `[B, T, K, 2]` float32.
+
+    Asymmetric per token and head, as `quant_policy=4` of LMDeploy 0.4 and later.
+    """
+    x = x.astype(jnp.float32)
+    low = x.min(axis=-1)
+    step = jnp.maximum((x.max(axis=-1) - low) / 15.0, 1e-12)
+    codes = jnp.clip(jnp.round((x - low[..., None]) / step[..., None]), 0, 15).astype(jnp.uint8)
+    first, second = jnp.split(codes, 2, axis=-1)
+    return first | (second << 4), jnp.stack([step, low], axis=-1)
+
+
+def dequantize_nibbles(values: Array, scales: Array, dtype) -> Array:
+    """Undoes `quantize_nibbles` but for its rounding."""
+    codes = jnp.concatenate([values & 15, values >> 4], axis=-1).astype(dtype)
+    return codes * scales[..., :1].astype(dtype) + scales[..., 1:].astype(dtype)
+
+
 def write(
     store: Shaped[Array, "P C ..."], new: Shaped[Array, "B T ..."], places: Int[Array, "B T"]
 ) -> Shaped[Array, "P C ..."]:
@@ -80,8 +105,8 @@ def update_layer(
 ) -> KVCache:
     """Returns the cache with keys and values `[B, T, K, H]` of one layer written at `places`."""
     if cache.k_scale:
-        k, k_scale = quantize_rows(k)
-        v, v_scale = quantize_rows(v)
+        rounded = quantize_nibbles if cache.k[layer].dtype == jnp.uint8 else quantize_rows
+        (k, k_scale), (v, v_scale) = rounded(k), rounded(v)
         cache = cache.replace(
             k_scale=_set(cache.k_scale, layer, write(cache.k_scale[layer], k_scale, places)),
             v_scale=_set(cache.v_scale, layer, write(cache.v_scale[layer], v_scale, places)),
@@ -136,11 +161,16 @@ def read_layer(
         blocks = store[layer][_readable(used)]
         return blocks.reshape(len(used), -1, *blocks.shape[3:])[:, :attend]
 
-    k, v = rows(cache.k).astype(dtype), rows(cache.v).astype(dtype)
     if not cache.k_scale:
-        return k, v
-    k_scale, v_scale = rows(cache.k_scale), rows(cache.v_scale)
-    return k * k_scale[..., None].astype(dtype), v * v_scale[..., None].astype(dtype)
+        return rows(cache.k).astype(dtype), rows(cache.v).astype(dtype)
+    pairs = (cache.k, cache.k_scale), (cache.v, cache.v_scale)
+    (k, k_scale), (v, v_scale) = ((rows(x), rows(scale)) for x, scale in pairs)
+    if k.dtype == jnp.uint8:
+        return dequantize_nibbles(k, k_scale, dtype), dequantize_nibbles(v, v_scale, dtype)
+    return tuple(
+        x.astype(dtype) * scale[..., None].astype(dtype)
+        for x, scale in ((k, k_scale), (v, v_scale))
+    )
 
 
 def attend_layer(

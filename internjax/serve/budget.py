@@ -10,8 +10,12 @@ from internjax.serve.config import EngineConfig
 
 
 def block_bytes(cfg: ModelConfig, block: int, kv_dtype: str) -> int:
-    """Returns the bytes of one block in all layers; int8 has a float32 scale a token and head."""
-    head = {"float32": 4 * cfg.head_dim, "bfloat16": 2 * cfg.head_dim, "int8": cfg.head_dim + 4}
+    """Returns the bytes of one block in all layers; int8 has a float32 scale a token and head.
+
+    int4 has two.
+    """
+    H = cfg.head_dim
+    head = {"float32": 4 * H, "bfloat16": 2 * H, "int8": H + 4, "int4": H // 2 + 8}
     return 2 * block * cfg.num_layers * cfg.num_kv_heads * head[kv_dtype]
 
 

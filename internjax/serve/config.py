@@ -7,6 +7,8 @@ from internjax.kernels.cpu.library import available
 from internjax.kernels.cpu.matmul import ACTIVATIONS
 from internjax.kernels.platform import not_for_hopper
 
+KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -15,7 +17,8 @@ class EngineConfig:
     Fields:
       slots: requests decoded together; every step has this shape whoever is there.
       context: positions a slot holds, prompt and answer together; 0 is the model's, at most 2048.
-      kv_dtype: "float32", "bfloat16" or "int8" (a scale per token and head).
+      kv_dtype: "float32", "bfloat16", "int8" (a scale per token and head) or "int4" (a step and a
+        least value per token and head; no kernel reads it, so it saves memory and costs time).
       block: positions of a block of the cache; whole blocks are shared by prompts that begin alike.
       blocks: of the cache, all slots together. 0: as many as full slots need; below 1: that share
         of the memory that is free when the weights are there; else their number. With fewer than
@@ -66,8 +69,8 @@ class EngineConfig:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 0.")
         if self.blocks > 1 and self.blocks != int(self.blocks):
             raise UserError(f"blocks={self.blocks}: give a share below 1 or a whole number.")
-        if self.kv_dtype not in ("float32", "bfloat16", "int8"):
-            raise UserError(f"kv_dtype={self.kv_dtype!r}: legal are float32, bfloat16, int8.")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UserError(f"kv_dtype={self.kv_dtype!r}: legal are {', '.join(KV_DTYPES)}.")
         if self.weights not in ("auto", "keep", "expand", "pack", "turn"):
             raise UserError(f"weights={self.weights!r}: legal are auto, keep, expand, pack, turn.")
         if self.activations not in ACTIVATIONS:
