@@ -76,7 +76,7 @@ def local(cfg: ChatConfig) -> Source:
 
     def adapt(model: Model, folder: Path) -> Model:
         from internjax.adapt.lora import attach
-        from internjax.chain.tuning import load_adapter
+        from internjax.models.peft import load_adapter
 
         return replace(model, params=attach(model.params, *load_adapter(folder, model.cfg)))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from internjax.chain.tuning import TuneConfig, merged, save_adapter, tune
+from internjax.chain.tuning import TuneConfig, merged, tune
 from internjax.chain.verbs import produce_at, write_training_page
 from internjax.data.chat_samples import read_chats
 from internjax.data.identity import Identity, identity_samples
@@ -22,6 +22,7 @@ from internjax.experiments.config import build, part
 from internjax.models.convert import model_path
 from internjax.models.load import load, resolve
 from internjax.models.native import save_native
+from internjax.models.peft import save_adapter
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.adapt.lora import LoraConfig, attach, from_peft, init_adapter, merge, to_peft
+from internjax.adapt.lora import attach, init_adapter, merge
 from internjax.adapt.quantize import QuantConfig, quantize
-from internjax.chain.tuning import load_adapter, save_adapter
 from internjax.errors import Missing, UserError
 from internjax.models.decoder import forward, init_params
+from internjax.models.peft import LoraConfig, from_peft, load_adapter, save_adapter, to_peft
 from internjax.tree import flatten, unflatten, unstack_layers
 from internjax.weights import LoraWeight, QuantWeight, dequantize
 from tests.fakes import tiny_model

@@ -11,7 +11,7 @@ import pytest
 
 from internjax.adapt.lora import LoraConfig
 from internjax.adapt.quantize import QuantConfig, quantize
-from internjax.chain.tuning import TuneConfig, chat_rows, load_adapter, merged, tune
+from internjax.chain.tuning import TuneConfig, chat_rows, merged, tune
 from internjax.cli import run
 from internjax.data.chat import encode_chat
 from internjax.data.templates import TEMPLATES
@@ -19,6 +19,7 @@ from internjax.errors import UserError
 from internjax.models.decoder import forward
 from internjax.models.load import Model, load
 from internjax.models.native import save_native
+from internjax.models.peft import load_adapter
 from internjax.train.loop import RunConfig
 from internjax.train.optim import OptimConfig
 from internjax.tree import flatten

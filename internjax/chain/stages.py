@@ -18,7 +18,7 @@ from internjax.agents.show import to_block
 from internjax.agents.tools import make_tools
 from internjax.chain.online import LoadConfig, check_load, sample_answers, try_load
 from internjax.chain.pretraining import PretrainConfig, pretrain
-from internjax.chain.tuning import TuneConfig, load_adapter, merged, save_adapter, tune
+from internjax.chain.tuning import TuneConfig, merged, tune
 from internjax.chain.verbs import produce_at
 from internjax.data.executor import DataConfig, run as run_data
 from internjax.data.identity import Identity, identity_samples
@@ -35,6 +35,7 @@ from internjax.lineage import Artefact, produce
 from internjax.models.convert import model_path
 from internjax.models.load import Model, load, resolve
 from internjax.models.native import save_native
+from internjax.models.peft import load_adapter, save_adapter
 from internjax.serve.engine import EngineConfig
 from internjax.serve.local import LocalLM
 from internjax.serve.server import serving

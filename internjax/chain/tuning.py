@@ -1,6 +1,5 @@
 """LoRA fine-tuning on chats: the loss falls on the answers only, the base model stays as it is."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,18 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
-from internjax.adapt.lora import LoraConfig, attach, from_peft, init_adapter, merge, to_peft
+from internjax.adapt.lora import attach, init_adapter, merge
 from internjax.chain.pretraining import check_length, median_rate, settings_of
 from internjax.data.batch import Batch
 from internjax.data.chat import encode_chat
 from internjax.data.loader import batches
 from internjax.data.pack import fill, pack
 from internjax.data.templates import Message
-from internjax.errors import Missing, UserError
-from internjax.models.config import ModelConfig
+from internjax.errors import UserError
 from internjax.models.load import Model
+from internjax.models.peft import LoraConfig
 from internjax.models.remat import Remat
 from internjax.train.gradients import make_gradients
 from internjax.train.loop import RunConfig, fit
@@ -106,25 +104,6 @@ def chat_rows(model: Model, chats: Sequence[list[Message]], length: int) -> list
             " chats out."
         )
     return list(pack(encoded, length))
-
-
-def save_adapter(folder: Path, adapter: Params, lora: LoraConfig, base_name: str) -> None:
-    """Writes a PEFT folder: adapter_model.safetensors and adapter_config.json."""
-    tensors, config = to_peft(adapter, lora, base_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-def load_adapter(folder: Path, cfg: ModelConfig) -> tuple[Params, LoraConfig]:
-    """Reads a PEFT folder."""
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    for path in (weights, config):
-        if not path.is_file():
-            raise Missing(f"{path}: not there, so {folder} is no PEFT adapter.")
-    return from_peft(load_file(weights), json.loads(config.read_text(encoding="utf-8")), cfg)
 
 
 def merged(model: Model, adapter: Params, lora: LoraConfig) -> Params:

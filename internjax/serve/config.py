@@ -34,6 +34,9 @@ class EngineConfig:
       invariant: no bit of an answer depends on what was cached, how a prompt was cut, or whether a
         request was computed anew. The CPU kernels over packed weights see to that by themselves;
         elsewhere prompts go through the decoding step, token by token, which is slower.
+      adapters: places for LoRA adapters that are loaded at run time; with any, every step has one
+        size and multiplies with the corrections of all of them.
+      adapter_rank: the largest rank that a place takes; smaller ones are filled with zeros.
       activations: what products with packed weights round their activations to: "int8" by groups,
         "bf16", or "f32" for none.
     """
@@ -51,12 +54,14 @@ class EngineConfig:
     activations: str = "int8"
     speculate: int = 0
     invariant: bool = False
+    adapters: int = 0
+    adapter_rank: int = 16
 
     def __post_init__(self):
-        for name in ("slots", "block", "max_waiting", "prefill_tokens"):
+        for name in ("slots", "block", "max_waiting", "prefill_tokens", "adapter_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        for name in ("blocks", "attend_tokens", "speculate"):
+        for name in ("blocks", "attend_tokens", "speculate", "adapters"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 0.")
         if self.blocks > 1 and self.blocks != int(self.blocks):

@@ -13,14 +13,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from internjax.errors import UserError
 from internjax.models import rope
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
+from internjax.models.peft import LoraConfig, load_adapter
+from internjax.serve.adapters import Adapters, Place, choosing, fill, put, with_stacks
 from internjax.serve.bans import ban_row, request_bans
 from internjax.serve.blocks import BlockPool
 from internjax.serve.budget import count_blocks
@@ -38,7 +42,7 @@ from internjax.tree import Params
 class Engine:
     """One model and its slots.
 
-    `submit` and `cancel` may be called from any thread, everything else from the engine's own.
+    The first part's methods may be called from any thread, the others from the engine's own.
     """
 
     def __init__(
@@ -55,7 +59,10 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
-        self.params = prepare_params(model.params, config, model.cfg.dtype)
+        self._adapters = Adapters(model.cfg, config.adapters, config.adapter_rank)
+        self._base = prepare_params(model.params, config, model.cfg.dtype)
+        self.params = with_stacks(self._base, self._adapters.stacks)
+        self._loading = threading.Lock()
         pool = BlockPool(count_blocks(config, model.cfg, self.context))
         self.scheduler = Scheduler(config.slots, config.max_waiting, pool, config.block)
         self.stats = EngineStats(blocks=pool.total)
@@ -80,12 +87,14 @@ class Engine:
         emit: Callable[[Delta], None],
         *,
         continues: bool = False,
+        adapter: str = "",
     ) -> Request:
         """Checks a request and puts it in line.
 
         Args:
           emit: called in the engine's thread with news of the request; must not block.
           continues: the answer goes on with the prompt's text (keeps the space of its first word).
+          adapter: name of a loaded adapter; "" is the model itself.
 
         Raises:
           UserError: the request cannot be run as it is, whatever the load.
@@ -102,9 +111,10 @@ class Engine:
             text=TextStream.of(self.tokenizer, params, prompt[-1] if continues else None),
             matcher=self.grammars.matcher(params.grammar) if params.grammar else None,
             freq=freq,
-            salt=self._salt(freq),
         )
-        with self.work:
+        with self.work:  # a place must not change its adapter before the request is known
+            place = self._adapters.find(adapter)
+            request.adapter, request.salt = place.index, self._salt(freq, place)
             self.scheduler.add(request)
             self.stats.requests += 1
             self.stats.prompt_tokens += len(prompt)
@@ -126,6 +136,56 @@ class Engine:
         with self.work:
             request.cancelled = True
             self.work.notify()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Reads a PEFT folder and serves it as `name` from now on; those who run go on meanwhile.
+
+        Raises:
+          UserError: it cannot be read or does not fit, the name is taken, no place is free.
+        """
+        self.add_adapter(name, *load_adapter(folder, self.cfg))
+
+    def add_adapter(self, name: str, adapter: Params, lora: LoraConfig) -> None:
+        """Serves an adapter as `name` from now on; those who run go on meanwhile.
+
+        Args:
+          adapter: a tree as `adapt.lora.init_adapter` makes it.
+
+        Raises:
+          UserError: it does not fit the model, the name is taken or no place is free.
+        """
+        with self._loading:
+            with self.work:
+                index = self._adapters.free(name, {r.adapter for r in self.scheduler.all()})
+            factors = fill(self.cfg, self.config.adapter_rank, adapter, lora)
+            stacks = jax.block_until_ready(put(self._adapters.stacks, np.int32(index), factors))
+            with self.work:
+                self._adapters.name(name, index, stacks)
+                self.params = with_stacks(self._base, stacks)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuses new requests for an adapter; those in flight go on with it to their end.
+
+        Raises:
+          UserError: no such adapter.
+        """
+        with self.work:
+            self._adapters.forget(name)
+
+    def adapters(self) -> list[str]:
+        """Returns the names of the loaded adapters."""
+        with self.work:
+            return list(self._adapters.named)
+
+    def params_of(self, adapter: str) -> Params:
+        """Returns the weights for computing beside the engine's steps; "" is the model itself.
+
+        Raises:
+          UserError: no such adapter.
+        """
+        with self.work:
+            place = self._adapters.find(adapter)
+            return choosing(self.params, jnp.int32(place.index)) if adapter else self.params
 
     def in_flight(self) -> int:
         """Requests that wait or run."""
@@ -182,9 +242,10 @@ class Engine:
         Args:
           params: a tree like the one that the engine was made with.
         """
-        self.params = prepare_params(params, self.config, self.cfg.dtype)
+        base = prepare_params(params, self.config, self.cfg.dtype)
         self._version += 1
         with self.work:
+            self._base, self.params = base, with_stacks(base, self._adapters.stacks)
             self.scheduler.pool.forget()
 
     def warm_up(self, *, least: bool = False) -> list[str]:
@@ -198,6 +259,8 @@ class Engine:
         rows = [self._row(params, (0,), (), 0) for params in asked]
         if self._guesser:
             self._guesser.warm_up(rows, least=least)
+        if not least:
+            self._adapters.warm_up()
         return self.programs.warm_up(self.params, rows, least=least)
 
     def _prefill_some(self) -> None:
@@ -398,10 +461,10 @@ class Engine:
         pool = self.scheduler.pool
         self.stats.held_blocks, self.stats.cached_blocks = pool.held, pool.cached
 
-    def _salt(self, freq: np.ndarray) -> bytes:
+    def _salt(self, freq: np.ndarray, adapter: Place) -> bytes:
         """Names all that keys and values depend on besides the tokens before them."""
         digest = hashlib.blake2b(freq.tobytes(), digest_size=16)
-        digest.update(f"{self._version} {self.config.kv_dtype}".encode())
+        digest.update(f"{self._version} {self.config.kv_dtype} {adapter.version}".encode())
         return digest.digest()
 
     def _inv_freq(self, length: int) -> np.ndarray:

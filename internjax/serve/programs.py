@@ -12,6 +12,7 @@ from internjax.models import rope
 from internjax.models.cache import in_place
 from internjax.models.config import ModelConfig
 from internjax.serve import slots as device
+from internjax.serve.adapters import NONE
 from internjax.serve.config import EngineConfig, EngineStats
 from internjax.serve.prepare import rows_stand_alone
 from internjax.serve.sampling import Sampled
@@ -90,7 +91,8 @@ class Programs:
         attend = pick_bucket(start + size, self.attends)
         if start + size > attend:  # a padded piece would stick out of the last bucket
             tokens = tokens[:count]
-        self._prefill(params, self._table([request.blocks]), tokens, start, request.freq, attend)
+        what = tokens, start, request.freq, request.adapter
+        self._prefill(params, self._table([request.blocks]), *what, attend)
         return count, len(tokens)
 
     def seat(self, slot: int, row: dict) -> None:
@@ -124,7 +126,7 @@ class Programs:
             chunks = CHUNKS[: 1 if least else None]
             for size in (c for c in chunks if c <= attend and not self.one_way):
                 tokens = np.zeros(size, np.int32)
-                self._prefill(params, self._table([[]]), tokens, 0, freq, attend)
+                self._prefill(params, self._table([[]]), tokens, 0, freq, NONE, attend)
             for size in self.sizes[: 1 if least else None]:
                 self._step(params, self._rows((), size), self._no_mask[size], attend)
         for row in rows:
@@ -145,11 +147,13 @@ class Programs:
             table=table,
             inv_freq=np.zeros((size, self.cfg.head_dim // 2), np.float32),
             active=np.zeros(size, bool),
+            adapter=np.full(size, NONE, np.int32),
         )
         for piece in pieces:
             here = slice(piece.row, piece.row + len(piece.tokens))
             rows.slot[here], rows.token[here] = piece.request.slot, piece.tokens
             rows.position[here] = piece.position + np.arange(len(piece.tokens))
+            rows.adapter[here] = piece.request.adapter
             table[here, : len(piece.request.blocks)] = piece.request.blocks
             rows.inv_freq[here], rows.active[here] = piece.request.freq, piece.chooses
         return rows
@@ -171,10 +175,10 @@ class Programs:
             row[: len(blocks)] = blocks
         return table
 
-    def _prefill(self, params, table, tokens, start, freq, attend) -> None:
+    def _prefill(self, params, table, tokens, start, freq, adapter, attend) -> None:
         self._meet("prefill", len(tokens), attend)
         state = params, self._slots.cache, table, tokens, np.int32(start), freq
-        cache = device.prefill(*state, cfg=self.cfg, attend=attend)
+        cache = device.prefill(*state, np.int32(adapter), cfg=self.cfg, attend=attend)
         self._slots = self._slots.replace(cache=cache)
 
     def _step(self, params, rows: device.Rows, masks, end: int) -> Sampled:

@@ -60,6 +60,7 @@ class Request:
       lookup: guesses from its own text, see `drafts.PromptLookup`.
       freq: rotary frequencies `[H/2]`; salt: all that decides its keys and values besides the
         tokens, see `blocks.block_key`.
+      adapter: the place of its LoRA adapter, -1 for none.
       slot: where it lives, None while it waits; prefilled: positions already cached.
       blocks: of the cache, in order; keys: names of the full ones; reused: positions found cached.
       dispatched: tokens that decoding steps were started for; output: ids read back.
@@ -78,6 +79,7 @@ class Request:
     lookup: object = None
     freq: object = None
     salt: bytes = b""
+    adapter: int = -1
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)

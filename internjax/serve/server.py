@@ -45,6 +45,8 @@ class ServeConfig:
       replicas: processes with an engine each, behind a router (`serve.replicas`); 0 serves in this
         process.
       router: which replica answers what.
+      adapters: LoRA adapters that are served from the start, PEFT folders by their names.
+      adapters_dir: folder whose adapters clients may load and unload; "" lets them load none.
       engine: slots, context, cache precision, queue.
     """
 
@@ -67,6 +69,8 @@ class ServeConfig:
     draft: str = ""
     replicas: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
+    adapters: dict[str, str] = field(default_factory=dict)
+    adapters_dir: str = ""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
@@ -99,6 +103,14 @@ class ServeConfig:
                 "grpc_port and replicas: the router speaks HTTP, gRPC is served by one process; "
                 "give one of the two."
             )
+        need = max(len(self.adapters), bool(self.adapters_dir))
+        if self.engine.adapters < need:
+            raise UserError(
+                f"engine.adapters={self.engine.adapters}: give the engine at least {need} places "
+                "for the adapters that it is to serve."
+            )
+        if self.adapters_dir and not Path(self.adapters_dir).is_dir():
+            raise Missing(f"adapters_dir={self.adapters_dir}: no such folder.")
 
 
 def run_server(
@@ -210,6 +222,10 @@ def build_app(model: Model, config: ServeConfig, *, first: bool = True):
 
     draft = load(config.draft, dtype=model.cfg.dtype, packed=True) if config.draft else None
     engine = Engine(model, config.engine, draft=draft)
+    for name, folder in config.adapters.items():
+        if name == (config.name or model.cfg.name):
+            raise UserError(f"adapters.{name}: the model itself is called so; name it otherwise.")
+        engine.load_adapter(name, Path(folder))
     if config.warmup or first:
         start = time.monotonic()
         programs = engine.warm_up(least=not config.warmup)
@@ -225,8 +241,11 @@ def _service(model: Model, config: ServeConfig, worker: EngineThread):
     from internjax.serve.http.service import Models, Service
     from internjax.serve.metrics import Metrics
 
+    models = Models(config.name or model.cfg.name)
+    for name in config.adapters:
+        models.add(name, name)
     return Service(
-        models=Models(config.name or model.cfg.name),
+        models=models,
         engine=worker,
         tokenizer=model.tokenizer,
         template=model.template,
@@ -235,6 +254,7 @@ def _service(model: Model, config: ServeConfig, worker: EngineThread):
         limits=Limits(config.requests_per_minute, config.tokens_per_minute),
         sessions=Memory(config.max_conversations),
         responses=Memory(config.max_conversations),
+        adapters_dir=Path(config.adapters_dir) if config.adapters_dir else None,
         max_body_bytes=config.max_body_bytes,
         max_request_tokens=config.max_request_tokens,
         default_max_tokens=config.default_max_tokens,

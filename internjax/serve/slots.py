@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from internjax.models.cache import KVCache, in_place, init_cache, unwritten_cache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
+from internjax.serve.adapters import choosing
 from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
 from internjax.tree import Leaf, Params
 
@@ -47,6 +48,7 @@ class Rows:
       table: `[R, n]` int32, the blocks of its request; -1 for none: such a row writes nothing.
       inv_freq: `[R, H/2]` float32, rotary frequencies.
       active: `[R]` bool, rows whose choice counts.
+      adapter: `[R]` int32, the place of its request's LoRA adapter; -1 for none.
     """
 
     slot: Leaf
@@ -55,6 +57,7 @@ class Rows:
     table: Leaf
     inv_freq: Leaf
     active: Leaf
+    adapter: Leaf
 
 
 @partial(jax.jit, static_argnames=("cfg", "num_slots", "blocks", "block", "kv_dtype"))
@@ -74,6 +77,7 @@ def prefill(
     tokens: Int[Array, " T"],
     start: Int[Array, ""],
     inv_freq: Float[Array, " half"],
+    adapter: Int[Array, ""],
     *,
     cfg: ModelConfig,
     attend: int,
@@ -83,10 +87,11 @@ def prefill(
     Padding behind it is not seen by what comes before and overwritten by what comes later.
 
     Args:
+      adapter: the place of its LoRA adapter; -1 for none.
       attend: positions read; at least start + T. Not looked at where the cache is used in place.
     """
     where = {"start": start[None], "table": table, "inv_freq": inv_freq, "attend": attend}
-    return decode(params, tokens[None], cache, cfg=cfg, **where)[1]
+    return decode(choosing(params, adapter), tokens[None], cache, cfg=cfg, **where)[1]
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -123,7 +128,7 @@ def step(
     """
     token = jnp.where(rows.token < 0, slots.token[rows.slot], rows.token)
     states, cache = decode(
-        params,
+        choosing(params, rows.adapter),
         token[:, None],
         slots.cache,
         rows.position,

@@ -21,11 +21,16 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What `Engine.submit` takes; `continues`: the answer goes on with the prompt's text."""
+    """What `Engine.submit` takes.
+
+    Fields:
+      continues: the answer goes on with the prompt's text; adapter: "" is the model itself.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
     continues: bool = False
+    adapter: str = ""
 
 
 @dataclass
@@ -103,7 +108,8 @@ class EngineThread:
                     observe(timing)
             emit(delta)
 
-        return self.engine.submit(job.prompt, job.params, told, continues=job.continues)
+        options = {"continues": job.continues, "adapter": job.adapter}
+        return self.engine.submit(job.prompt, job.params, told, **options)
 
     def stream(self, job: Job) -> Iterator[Delta]:
         """Yields the news of one request until its last; leaving the loop cancels it."""

@@ -12,6 +12,7 @@ from internjax.weights.kinds import (
     PackedWeight,
     QuantWeight,
     ScaledWeight,
+    StackedLora,
     TurnedWeight,
     WatchedWeight,
     Weight,
@@ -98,7 +99,7 @@ def packed(w: Weight, activations: str, dtype) -> Weight:
 
 def num_weights(w: Weight) -> int:
     """Counts the numbers that a weight stands for (adapters apart)."""
-    if isinstance(w, LoraWeight):
+    if isinstance(w, (LoraWeight, StackedLora)):
         return num_weights(w.base)
     if isinstance(w, QuantWeight):
         return 2 * math.prod(w.values.shape)

@@ -25,6 +25,24 @@ class LoraWeight:
 
 
 @struct.dataclass
+class StackedLora:
+    """A weight with A low-rank corrections, of which every sequence takes its own or none.
+
+    Fields:
+      base: a weight of any kind, `[*in, *out]`.
+      a: `[*in, A, R]`; b: `[A, R, *out]`, finite, with the scale of each correction in them; zeros
+        behind a smaller rank.
+      chosen: int32 `[B]` of the B sequences that are multiplied, or `[]` of all; -1 for none. None
+        where no correction is wanted at all.
+    """
+
+    base: Leaf
+    a: Leaf
+    b: Leaf
+    chosen: Leaf = None
+
+
+@struct.dataclass
 class QuantWeight:
     """Group-wise asymmetric 4-bit integers: w = (values - zeros) * scales.
 
@@ -122,6 +140,7 @@ class PackedWeight:
 type Weight = (
     Array
     | LoraWeight
+    | StackedLora
     | QuantWeight
     | ScaledWeight
     | TurnedWeight

@@ -21,6 +21,7 @@ from internjax.weights.kinds import (
     PackedWeight,
     QuantWeight,
     ScaledWeight,
+    StackedLora,
     TurnedWeight,
     WatchedWeight,
     Weight,
@@ -40,8 +41,8 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
         lacks are its input dims and must come first in it.
       widened: the result keeps the float32 of its sums, as in `wide_matmul`.
     """
-    if isinstance(w, LoraWeight):
-        return _adapted(spec, x, w, einsum(spec, x, w.base, widened=widened))
+    if isinstance(w, (LoraWeight, StackedLora)):
+        return _corrected(spec, x, w, einsum(spec, x, w.base, widened=widened))
     if isinstance(w, PackedWeight):
         (out,) = packed_einsums((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
         return out
@@ -67,10 +68,11 @@ def einsums(specs: Sequence[str], x: Array, ws: Sequence[Weight]) -> tuple[Array
     Packed weights that are alike share one call of the CPU kernel: small calls side by side are
     handed from thread to thread, which takes longer than they do.
     """
-    if any(isinstance(w, LoraWeight) for w in ws):
-        bases = einsums(specs, x, [w.base if isinstance(w, LoraWeight) else w for w in ws])
+    corrected = (LoraWeight, StackedLora)
+    if any(isinstance(w, corrected) for w in ws):
+        bases = einsums(specs, x, [w.base if isinstance(w, corrected) else w for w in ws])
         return tuple(
-            _adapted(spec, x, w, base) if isinstance(w, LoraWeight) else base
+            _corrected(spec, x, w, base) if isinstance(w, corrected) else base
             for spec, w, base in zip(specs, ws, bases, strict=True)
         )
     if all(isinstance(w, PackedWeight) for w in ws) and len({alike(w) for w in ws}) == 1:
@@ -88,6 +90,38 @@ def _scaled_einsum(spec: str, x: Array, w: ScaledWeight, dtype) -> Array:
     factors = steps.T[..., None] * w.scales.astype(jnp.float32)[:, None]
     out = (dots.astype(jnp.float32) * factors).sum(axis=0)
     return out.astype(dtype).reshape(*lead, *w.out_shape)
+
+
+def _corrected(spec: str, x: Array, w: LoraWeight | StackedLora, base: Array) -> Array:
+    if isinstance(w, LoraWeight):
+        return _adapted(spec, x, w, base)
+    if w.chosen is None:
+        return base
+    return base + _chosen_delta(spec, x, w).astype(base.dtype).reshape(base.shape)
+
+
+def _chosen_delta(spec: str, x: Array, w: StackedLora) -> Array:
+    """Returns the correction that each sequence chose, `[B, T, O]`; 0 where it chose none.
+
+    With fewer sequences than corrections each takes its own; else all corrections are two plain
+    products and what was not chosen is masked between them: copies of a correction for every
+    sequence would be more to read than the corrections.
+    """
+    _, rows = rows_of(spec, x)
+    sequences, (count, rank) = x.shape[0], w.b.shape[:2]
+    chosen = jnp.broadcast_to(w.chosen, (sequences,))
+    rows = rows.reshape(sequences, -1, rows.shape[-1])  # [B, T, I]
+    a = w.a.astype(x.dtype).reshape(rows.shape[-1], count, rank)
+    b = w.b.astype(x.dtype).reshape(count, rank, -1)
+    if sequences < count:
+        own = jnp.maximum(chosen, 0)
+        low = jnp.einsum("BTI,IBR->BTR", rows, a[:, own])
+        delta = jnp.einsum("BTR,BRO->BTO", low, b[own])
+        return jnp.where((chosen >= 0)[:, None, None], delta, 0)
+    low = jnp.einsum("BTI,IAR->BTAR", rows, a)
+    taken = chosen[:, None] == jnp.arange(count, dtype=chosen.dtype)[None, :]
+    low = jnp.where(taken[:, None, :, None], low, 0)
+    return jnp.einsum("BTAR,ARO->BTO", low, b)
 
 
 def _adapted(spec: str, x: Array, w: LoraWeight, base: Array) -> Array:

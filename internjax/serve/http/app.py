@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
+from internjax.serve.http.adapters import add_adapters
 from internjax.serve.http.call import call_of
 from internjax.serve.http.chat import chat
 from internjax.serve.http.completions import completions
@@ -47,6 +48,7 @@ def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     add_info(app, service)
+    add_adapters(app, service)
     _add_openai(app, service)
     _add_responses(app, service)
     _add_lmdeploy(app, service)

@@ -34,7 +34,7 @@ async def completions(service: Service, body: CompletionBody, http: Request) -> 
     prompts, jobs = await asyncio.to_thread(_prepare, service, served, body)
     counted = sum(map(len, prompts))
     reserve(service, call, counted, jobs)
-    scores = [await _echo(service, body, ids) for ids in prompts]
+    scores = [await _echo(service, served, body, ids) for ids in prompts]
     echoes = [echo for echo in scores for _ in range(body.several)]
     ticket = await submit(service, call, jobs, counted)
     answers = [Answer(service.tokenizer, keeps_end=True) for _ in echoes]
@@ -86,14 +86,14 @@ class _Echo:
     entries: tuple = ()
 
 
-async def _echo(service: Service, body: CompletionBody, ids: list[int]) -> _Echo:
+async def _echo(service: Service, served: Served, body: CompletionBody, ids: list[int]) -> _Echo:
     if not body.echo:
         return _Echo()
     text = service.tokenizer.decode(ids)
     if body.logprobs is None:
         return _Echo(text, tuple(ids))
     engine = service.engine.engine
-    work = (prompt_logprobs, engine.params, engine.cfg, ids, body.logprobs)
+    work = (prompt_logprobs, engine.params_of(served.adapter), engine.cfg, ids, body.logprobs)
     return _Echo(text, tuple(ids), tuple(await beside(service, *work)))
 
 

@@ -31,8 +31,7 @@ def make_job(
     served: Served, ids: Sequence[int], params: SamplingParams, *, continues: bool = False
 ) -> Job:
     """What the engine runs for a served name."""
-    assert not served.adapter, "the engine has no adapters"
-    return Job(ids, params, continues)
+    return Job(ids, params, continues, served.adapter)
 
 
 async def submit(service: Service, call: Call, jobs: list[Job], prompt_tokens: int) -> Ticket:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from internjax.data.templates import ChatTemplate
 from internjax.data.tokenizer import Tokenizer
@@ -36,9 +37,13 @@ class Models:
         Raises:
           ApiError: the name is taken.
         """
+        self.check_new(name)
+        self._served[name] = Served(name, adapter, int(time.time()))
+
+    def check_new(self, name: str) -> None:
+        """Raises `ApiError` for a name that is taken."""
         if name in self._served:
             raise ApiError(400, f"a model named {name!r} is served already.", param="lora_name")
-        self._served[name] = Served(name, adapter, int(time.time()))
 
     def remove(self, name: str) -> Served:
         """Stops serving an adapter; returns what was served.
@@ -100,6 +105,7 @@ class Service:
       keys: who may ask; limits: how much.
       sessions, responses: conversations that the server keeps for its clients.
       aside: the line of what is computed beside the engine's steps.
+      adapters_dir: where adapters that clients load must lie; None: they load none.
       max_body_bytes: of one request.
       max_request_tokens: prompt and answers of one request together; 0 sets no limit.
       default_max_tokens: length of a chat answer when the request names none.
@@ -116,6 +122,7 @@ class Service:
     sessions: Memory = field(default_factory=Memory)
     responses: Memory = field(default_factory=Memory)
     aside: Aside = field(default_factory=Aside)
+    adapters_dir: Path | None = None
     max_body_bytes: int = 4 << 20
     max_request_tokens: int = 0
     default_max_tokens: int = 512
