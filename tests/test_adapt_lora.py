@@ -123,3 +123,23 @@ def test_foreign_and_incomplete_adapters_are_refused():
         LoraConfig(targets=("q_proj",))
     with pytest.raises(UserError, match="at least rank 1"):
         LoraConfig(rank=0)
+
+
+def test_other_kinds_of_peft_adapters_are_refused():
+    _, adapter, _ = setup()
+    tensors, config = to_peft(adapter, LORA, "base")
+    stable = from_peft(tensors, config | {"use_rslora": True}, CFG)[1]
+    assert stable.alpha / stable.rank == pytest.approx(6.0 / 3**0.5)
+    for changes, says in (
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "legal is LORA"),
+        ({"r": 4}, "rank and model want"),
+        ({"r": "many"}, "no numbers"),
+    ):
+        with pytest.raises(UserError, match=says):
+            from_peft(tensors, config | changes, CFG)
+    key = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
+    with pytest.raises(UserError, match="has A2: 2 layers"):
+        from_peft(tensors | {key.format(2): tensors[key.format(1)]}, config, CFG)
