@@ -36,6 +36,7 @@ class EngineConfig:
         elsewhere prompts go through the decoding step, token by token, which is slower.
       activations: what products with packed weights round their activations to: "int8" by groups,
         "bf16", or "f32" for none.
+      tensor: devices that share out heads, feed-forward columns and vocabulary, see `tensor.py`.
     """
 
     slots: int = 16
@@ -51,9 +52,10 @@ class EngineConfig:
     activations: str = "int8"
     speculate: int = 0
     invariant: bool = False
+    tensor: int = 1
 
     def __post_init__(self):
-        for name in ("slots", "block", "max_waiting", "prefill_tokens"):
+        for name in ("slots", "block", "max_waiting", "prefill_tokens", "tensor"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
         for name in ("blocks", "attend_tokens", "speculate"):
@@ -68,6 +70,11 @@ class EngineConfig:
         if self.activations not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise UserError(f"activations={self.activations!r}: legal are {names}.")
+        if self.tensor > 1 and self.weights in ("pack", "turn"):
+            raise UserError(
+                f"weights={self.weights} is for kernels, which tensor={self.tensor} cannot cut: take"
+                " auto, expand or keep."
+            )
         if self.weights == "pack" and not available():
             raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")
         if self.weights == "turn" and (why := not_for_hopper()):

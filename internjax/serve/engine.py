@@ -31,6 +31,7 @@ from internjax.serve.prepare import prepare_params
 from internjax.serve.programs import CHUNKS, Piece, Programs
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
 from internjax.serve.scheduler import Delta, IdLogprob, Request, Scheduler
+from internjax.serve.tensor import lay_out, make_tensor_mesh
 from internjax.serve.text import TextStream
 from internjax.tree import Params
 
@@ -55,7 +56,8 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
-        self.params = prepare_params(model.params, config, model.cfg.dtype)
+        self._mesh = make_tensor_mesh(config.tensor)
+        self.params = self._prepared(model.params)
         pool = BlockPool(count_blocks(config, model.cfg, self.context))
         self.scheduler = Scheduler(config.slots, config.max_waiting, pool, config.block)
         self.stats = EngineStats(blocks=pool.total)
@@ -182,7 +184,7 @@ class Engine:
         Args:
           params: a tree like the one that the engine was made with.
         """
-        self.params = prepare_params(params, self.config, self.cfg.dtype)
+        self.params = self._prepared(params)
         self._version += 1
         with self.work:
             self.scheduler.pool.forget()
@@ -195,6 +197,9 @@ class Engine:
         if self._guesser:
             self._guesser.warm_up(rows)
         return self.programs.warm_up(self.params, rows)
+
+    def _prepared(self, params: Params) -> Params:
+        return lay_out(prepare_params(params, self.config, self.cfg.dtype), self.cfg, self._mesh)
 
     def _prefill_some(self) -> None:
         """Prefills the oldest prompts as far as the budgets go; seats those that are complete."""
