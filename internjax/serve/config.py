@@ -72,8 +72,8 @@ class EngineConfig:
             raise UserError(f"activations={self.activations!r}: legal are {names}.")
         if self.tensor > 1 and self.weights in ("pack", "turn"):
             raise UserError(
-                f"weights={self.weights} is for kernels, which tensor={self.tensor} cannot cut: take"
-                " auto, expand or keep."
+                f"weights={self.weights} is for kernels, which tensor={self.tensor} cannot cut:"
+                " take auto, expand or keep."
             )
         if self.weights == "pack" and not available():
             raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")

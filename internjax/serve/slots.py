@@ -18,7 +18,7 @@ from internjax.models.cache import KVCache
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
 from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
-from internjax.serve.tensor import by_heads, whole
+from internjax.serve.tensor import by_heads, gathered, whole
 from internjax.tree import Leaf, Params
 
 
@@ -130,7 +130,7 @@ def step(
         attend=attend,
         table=rows.table,
     )
-    logits = whole(unembed(params, states[:, 0], cfg))
+    logits = gathered(unembed(params, states[:, 0], cfg))
     out = sample(logits, slots.sampling, rows.slot, rows.position + 1, mask, masked)
     goal = jnp.where(rows.active, rows.slot, len(slots.token))  # behind the end: dropped
     slots = Slots(

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import jax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Float
 
 from internjax.errors import UserError
 from internjax.mesh import ShardingRules
@@ -46,7 +47,7 @@ def make_tensor_mesh(tensor: int) -> Mesh | None:
             f"tensor={tensor} needs as many devices, and {len(devices)} are there: give at most"
             " that."
         )
-    log.info("tensor=%d: XLA cuts the programs, in place of the CPU's and GPU's own kernels", tensor)
+    log.info("tensor=%d: XLA cuts the programs, no kernel of our own is taken", tensor)
     return jax.make_mesh((tensor,), (AXIS,), (AxisType.Auto,), devices=devices[:tensor])
 
 
@@ -117,6 +118,14 @@ def whole(tree):
 def by_heads(cache: KVCache) -> KVCache:
     """While tracing: leaves the cache where it is, so that its buffers are used again."""
     return _pin(cache, HEADS)
+
+
+def gathered(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+    """While tracing: has every device make its own part of the vocabulary, and then hold all.
+
+    Asked for the whole only, XLA gathers the weights of the head and multiplies with all of them.
+    """
+    return whole(_pin(logits, P(None, AXIS)))
 
 
 def _pin(tree, spec: P):
