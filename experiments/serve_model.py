@@ -20,7 +20,8 @@ class ServeRun:
 
 def load_served(cfg: ServeRun) -> tuple[Model, ServeConfig]:
     """Loads the model; it is served under the name that was asked for, unless another is given."""
-    model = load(cfg.model, dtype=cfg.dtype, packed=True)
+    cut = cfg.serve.engine.tensor > 1  # weights go in parts where they belong, never whole
+    model = load(cfg.model, dtype=cfg.dtype, packed=not cut, on_host=cut)
     serve = cfg.serve if cfg.serve.name else dataclasses.replace(cfg.serve, name=cfg.model)
     return model, serve
 

@@ -41,8 +41,8 @@ def tiny_model(seed: int = 0, **changes) -> tuple[ModelConfig, Params]:
     return cfg, init_params(cfg, jax.random.key(seed))
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Returns a byte-level BPE without merges: id = byte, then the three markers of ChatML."""
+def byte_tokenizer(more: Sequence[str] = ()) -> Tokenizer:
+    """Returns a byte-level BPE without merges: id = byte, then the markers of ChatML, and more."""
     added = [
         {
             "id": 256 + index,
@@ -53,7 +53,7 @@ def byte_tokenizer() -> Tokenizer:
             "rstrip": False,
             "normalized": False,
         }
-        for index, text in enumerate(SPECIALS)
+        for index, text in enumerate((*SPECIALS, *more))
     ]
     spec = {
         "version": "1.0",

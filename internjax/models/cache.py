@@ -215,7 +215,8 @@ def in_place(cfg: ModelConfig, dtype) -> bool:
 
 
 def _on_cpu() -> bool:
-    return target().platform == "cpu"  # a CPU host compiles for GPUs, too
+    here = target()  # a CPU host compiles for GPUs, too
+    return here.platform == "cpu" and here.whole
 
 
 def _places(

@@ -51,13 +51,20 @@ def resolve(name_or_path: str | Path) -> Path:
     raise Missing(f"no model {name!r}: neither a path nor one of {', '.join(models)}{hint}")
 
 
-def load(name_or_path: str | Path, *, dtype: str = "float32", packed: bool = False) -> Model:
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    packed: bool = False,
+    on_host: bool = False,
+) -> Model:
     """Loads a model of any format: Hugging Face folder, GGUF file or our own folder.
 
     A model of the catalogue carries its published name, others what their files call them.
 
     Args:
       dtype: of the stored floating-point weights and of the computation.
+      on_host: the weights stay NumPy arrays, for who sends each device a part of them only.
       packed: where the CPU kernels run, weights of a Q4_0, Q4_1 or Q8_0 file stay the integers that
         they are: for answering only, they cannot be trained or converted.
     """
@@ -67,7 +74,7 @@ def load(name_or_path: str | Path, *, dtype: str = "float32", packed: bool = Fal
     cfg = dataclasses.replace(cfg, name=name, dtype=dtype)
     tokenizer = load_tokenizer(path)
     check_vocab(tokenizer, cfg.vocab_size)
-    params = jax.tree.map(jnp.asarray, host)
+    params = host if on_host else jax.tree.map(jnp.asarray, host)
     del host
     _return_memory()
     return Model(cfg, params, tokenizer, template_for(path, tokenizer), path)

@@ -33,7 +33,8 @@ def count_blocks(config: EngineConfig, cfg: ModelConfig, context: int) -> int:
     count = int(config.blocks)
     if config.blocks < 1:
         size = block_bytes(cfg, config.block, config.kv_dtype)
-        count = min(int(config.blocks * free_memory() / size), config.slots * row)
+        free = free_memory(config.tensor)
+        count = min(int(config.blocks * free / size), config.slots * row)
     if count < row:
         raise UserError(
             f"blocks={config.blocks:g} come to {count} of {config.block} positions, but one request"
@@ -42,9 +43,13 @@ def count_blocks(config: EngineConfig, cfg: ModelConfig, context: int) -> int:
     return count
 
 
-def free_memory() -> int:
-    """Returns the bytes that are free: of the device where it counts them, else of the machine."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+def free_memory(devices: int = 1) -> int:
+    """Returns the bytes that are free: of the devices where they count them, else of the machine.
+
+    Args:
+      devices: those that share everything out evenly; the fullest decides.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()[:devices]]
+    if all("bytes_limit" in each for each in stats):
+        return devices * min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

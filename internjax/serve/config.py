@@ -42,6 +42,7 @@ class EngineConfig:
       adapter_rank: the largest rank that a place takes; smaller ones are filled with zeros.
       activations: what products with packed weights round their activations to: "int8" by groups,
         "bf16", or "f32" for none.
+      tensor: devices that share out heads, feed-forward columns and vocabulary, see `tensor.py`.
     """
 
     slots: int = 16
@@ -59,9 +60,15 @@ class EngineConfig:
     invariant: bool = False
     adapters: int = 0
     adapter_rank: int = 16
+    tensor: int = 1
 
     def __post_init__(self):
-        for name in ("slots", "block", "max_waiting", "prefill_tokens", "adapter_rank"):
+        if self.adapters and self.tensor > 1:
+            raise UserError(
+                f"adapters={self.adapters} and tensor={self.tensor}: adapters are served on one"
+                " device; give one of the two."
+            )
+        for name in ("slots", "block", "max_waiting", "prefill_tokens", "adapter_rank", "tensor"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
         for name in ("blocks", "attend_tokens", "speculate", "adapters"):
@@ -76,6 +83,11 @@ class EngineConfig:
         if self.activations not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise UserError(f"activations={self.activations!r}: legal are {names}.")
+        if self.tensor > 1 and self.weights in ("pack", "turn"):
+            raise UserError(
+                f"weights={self.weights} is for kernels, which tensor={self.tensor} cannot cut:"
+                " take auto, expand or keep."
+            )
         if self.weights == "pack" and not available():
             raise UserError("weights=pack needs the CPU kernels: keep, expand or auto run without.")
         if self.weights == "turn" and (why := not_for_hopper()):

@@ -51,13 +51,14 @@ class PromptLookup:
 class DraftModel:
     """A smaller model that guesses greedily, over a cache of its own in the same blocks.
 
-    Where it did not see a token (steps without guesses), it guesses worse, and nothing else.
+    Where it did not see a token (steps without guesses), it guesses worse, and nothing else. It is
+    small: one device has it whole, over however many the model is cut.
     """
 
     def __init__(
         self, model: Model, config: EngineConfig, context: int, blocks: int, stats: EngineStats
     ):
-        config = replace(config, speculate=0, invariant=False)
+        config = replace(config, speculate=0, invariant=False, tensor=1)
         self.params = prepare_params(model.params, config, model.cfg.dtype)
         self.programs = Programs(model.cfg, config, self.params, context, blocks, stats)
         self._freq = rope.inv_freq(model.cfg, context).astype(np.float32)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import hidden
 from internjax.serve.score import BATCH_TOKENS, bucket
+from internjax.serve.tensor import mesh_of, on
 from internjax.tree import Params
 
 ROWS = (1, 4, 16, 64)
@@ -38,7 +39,8 @@ def embed(params: Params, cfg: ModelConfig, texts: Sequence[Sequence[int]]) -> n
         for row, index in enumerate(batch):
             tokens[row, : len(texts[index])] = texts[index]
             lengths[row] = len(texts[index])
-        vectors[batch] = np.asarray(_pooled(params, tokens, lengths, cfg))[: len(batch)]
+        with on(mesh_of(params)):
+            vectors[batch] = np.asarray(_pooled(params, tokens, lengths, cfg))[: len(batch)]
         done += len(batch)
     return vectors
 

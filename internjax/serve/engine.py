@@ -35,6 +35,7 @@ from internjax.serve.prepare import prepare_params
 from internjax.serve.programs import CHUNKS, Piece, Programs
 from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
 from internjax.serve.scheduler import Delta, IdLogprob, Request, Scheduler
+from internjax.serve.tensor import lay_out, make_tensor_mesh
 from internjax.serve.text import TextStream
 from internjax.tree import Params
 
@@ -59,8 +60,9 @@ class Engine:
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
         self.context = _context(config, model)
+        self._mesh = make_tensor_mesh(config.tensor)
         self._adapters = Adapters(model.cfg, config.adapters, config.adapter_rank)
-        self._base = prepare_params(model.params, config, model.cfg.dtype)
+        self._base = self._prepared(model.params)
         self.params = with_stacks(self._base, self._adapters.stacks)
         self._loading = threading.Lock()
         pool = BlockPool(count_blocks(config, model.cfg, self.context))
@@ -242,7 +244,7 @@ class Engine:
         Args:
           params: a tree like the one that the engine was made with.
         """
-        base = prepare_params(params, self.config, self.cfg.dtype)
+        base = self._prepared(params)
         self._version += 1
         with self.work:
             self._base, self.params = base, with_stacks(base, self._adapters.stacks)
@@ -262,6 +264,9 @@ class Engine:
         if not least:
             self._adapters.warm_up()
         return self.programs.warm_up(self.params, rows, least=least)
+
+    def _prepared(self, params: Params) -> Params:
+        return lay_out(prepare_params(params, self.config, self.cfg.dtype), self.cfg, self._mesh)
 
     def _prefill_some(self) -> None:
         """Prefills the oldest prompts as far as the budgets go; seats those that are complete."""

@@ -21,6 +21,8 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
     Layers become one dict each; packed weights stay one stack that the dicts share.
     """
     how = config.weights
+    if how == "auto" and config.tensor > 1:  # no kernel runs there, see `tensor.py`
+        how = "expand"
     if how == "auto" and target().platform == "cpu":
         how = "pack" if available() else "expand"
     if how == "auto" and not_for_hopper() is None:

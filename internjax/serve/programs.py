@@ -17,6 +17,7 @@ from internjax.serve.config import EngineConfig, EngineStats
 from internjax.serve.prepare import rows_stand_alone
 from internjax.serve.sampling import Sampled
 from internjax.serve.scheduler import Request, attend_buckets, pick_bucket
+from internjax.serve.tensor import mesh_of, on
 from internjax.tree import Params
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class Programs:
     ):
         self.cfg, self.config, self.stats = cfg, config, stats
         self.context, self.blocks = context, blocks
-        whole = in_place(cfg, config.kv_dtype)
+        self._mesh = mesh_of(params)
+        with on(self._mesh):
+            whole = in_place(cfg, config.kv_dtype)
         alone = whole and rows_stand_alone(params)
         self.one_way = config.invariant and not alone
         self.attends = (context,) if whole or self.one_way else attend_buckets(context)
@@ -78,7 +81,8 @@ class Programs:
         """Starts from empty slots and an empty cache."""
         config = self.config
         sizes = config.slots, self.blocks, config.block
-        self._slots = device.init_slots(self.cfg, *sizes, config.kv_dtype)
+        with on(self._mesh):  # compiled there, so that each device makes its own part only
+            self._slots = device.init_slots(self.cfg, *sizes, config.kv_dtype)
         zeros = lambda n: (jnp.zeros((n, self._words), jnp.uint32), jnp.zeros(n, bool))  # noqa: E731
         self._no_mask = {size: zeros(size) for size in self.sizes}
 
@@ -98,7 +102,8 @@ class Programs:
     def seat(self, slot: int, row: dict) -> None:
         """Gives a slot its request's sampling parameters."""
         self._meet("seat", len(row))
-        self._slots = device.seat(self._slots, np.int32(slot), row)
+        with on(self._mesh):
+            self._slots = device.seat(self._slots, np.int32(slot), row)
 
     def step(self, params: Params, pieces: Sequence[Piece]) -> Sampled:
         """Runs one step over the rows of all pieces, and tells each piece its first row."""
@@ -111,7 +116,8 @@ class Programs:
     def wipe(self, block: int) -> None:
         """Zeroes a block."""
         self._meet("wipe")
-        cache = device.wipe(self._slots.cache, np.int32(block))
+        with on(self._mesh):
+            cache = device.wipe(self._slots.cache, np.int32(block))
         self._slots = self._slots.replace(cache=cache)
 
     def warm_up(self, params: Params, rows: Sequence[dict], *, least: bool) -> list[str]:
@@ -178,14 +184,16 @@ class Programs:
     def _prefill(self, params, table, tokens, start, freq, adapter, attend) -> None:
         self._meet("prefill", len(tokens), attend)
         state = params, self._slots.cache, table, tokens, np.int32(start), freq
-        cache = device.prefill(*state, np.int32(adapter), cfg=self.cfg, attend=attend)
+        with on(self._mesh):
+            cache = device.prefill(*state, np.int32(adapter), cfg=self.cfg, attend=attend)
         self._slots = self._slots.replace(cache=cache)
 
     def _step(self, params, rows: device.Rows, masks, end: int) -> Sampled:
         attend = pick_bucket(end, self.attends)
         self._meet("step", len(rows.slot), attend)
         how = {"cfg": self.cfg, "attend": attend}
-        self._slots, out = device.step(params, self._slots, rows, *masks, **how)
+        with on(self._mesh):
+            self._slots, out = device.step(params, self._slots, rows, *masks, **how)
         return out
 
     def _meet(self, *program) -> None:

@@ -15,6 +15,7 @@ from internjax.models.lm import Progress
 from internjax.models.score import token_logprobs
 from internjax.serve.sampling import TOP_LOGPROBS
 from internjax.serve.scheduler import IdLogprob
+from internjax.serve.tensor import mesh_of, on
 from internjax.tree import Params
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -94,7 +95,8 @@ def prompt_logprobs(
     """Returns an entry for each token of a prompt; the first has None before it, hence None."""
     tokens = np.zeros((1, bucket(len(ids))), np.int32)
     tokens[0, : len(ids)] = ids
-    logprobs, rivals, values = jax.device_get(_rivals(params, tokens, cfg))
+    with on(mesh_of(params)):
+        logprobs, rivals, values = jax.device_get(_rivals(params, tokens, cfg))
     entries: list[IdLogprob | None] = [None]
     for at, token in enumerate(ids[1:]):
         pairs = zip(rivals[at, :top].tolist(), values[at, :top].tolist(), strict=True)

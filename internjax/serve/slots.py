@@ -19,6 +19,7 @@ from internjax.models.config import ModelConfig
 from internjax.models.decoder import decode, unembed
 from internjax.serve.adapters import choosing
 from internjax.serve.sampling import Sampled, Sampling, advance, init_sampling, sample
+from internjax.serve.tensor import by_heads, gathered, whole
 from internjax.tree import Leaf, Params
 
 
@@ -66,7 +67,7 @@ def init_slots(cfg: ModelConfig, num_slots: int, blocks: int, block: int, kv_dty
     make = unwritten_cache if in_place(cfg, kv_dtype) else init_cache
     cache = make(cfg, blocks, block, kv_dtype)
     sampling = init_sampling(num_slots, cfg.vocab_size)
-    return Slots(cache, jnp.zeros(num_slots, jnp.int32), sampling)
+    return _pinned(Slots(cache, jnp.zeros(num_slots, jnp.int32), sampling))
 
 
 @partial(jax.jit, static_argnames=("cfg", "attend"), donate_argnames="cache")
@@ -91,7 +92,8 @@ def prefill(
       attend: positions read; at least start + T. Not looked at where the cache is used in place.
     """
     where = {"start": start[None], "table": table, "inv_freq": inv_freq, "attend": attend}
-    return decode(choosing(params, adapter), tokens[None], cache, cfg=cfg, **where)[1]
+    params = choosing(params, adapter)
+    return by_heads(decode(params, tokens[None], cache, cfg=cfg, **where)[1])
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -104,7 +106,7 @@ def seat(slots: Slots, slot: Int[Array, ""], row: dict[str, Array]) -> Slots:
     """
     row = {"counts": jnp.int32(0), **row}
     fields = {name: getattr(slots.sampling, name).at[slot].set(x) for name, x in row.items()}
-    return slots.replace(sampling=slots.sampling.replace(**fields))
+    return _pinned(slots.replace(sampling=slots.sampling.replace(**fields)))
 
 
 @partial(jax.jit, static_argnames=("cfg", "attend"), donate_argnames="slots")
@@ -137,17 +139,22 @@ def step(
         attend=attend,
         table=rows.table,
     )
-    logits = unembed(params, states[:, 0], cfg)
+    logits = gathered(unembed(params, states[:, 0], cfg))
     out = sample(logits, slots.sampling, rows.slot, rows.position + 1, mask, masked)
     goal = jnp.where(rows.active, rows.slot, len(slots.token))  # behind the end: dropped
-    return Slots(
+    slots = Slots(
         cache=cache,
         token=slots.token.at[goal].set(out.token, mode="drop"),
         sampling=advance(slots.sampling, rows.slot, out.token, rows.active),
-    ), out
+    )
+    return _pinned(slots), whole(out)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def wipe(cache: KVCache, block: Int[Array, ""]) -> KVCache:
     """Zeroes a block: NaN values would reach its next owner through weights of zero."""
-    return jax.tree.map(lambda x: x.at[block].set(jnp.zeros((), x.dtype)), cache)
+    return by_heads(jax.tree.map(lambda x: x.at[block].set(jnp.zeros((), x.dtype)), cache))
+
+
+def _pinned(slots: Slots) -> Slots:
+    return Slots(by_heads(slots.cache), whole(slots.token), whole(slots.sampling))
