@@ -15,7 +15,7 @@ from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.scheduler import QueueFull
-from tests.fakes import byte_tokenizer, tiny_model
+from tests.fakes import BYTE_VOCAB, byte_tokenizer, tiny_model
 
 # One shape for all tests: compiled programs are shared by every engine of it.
 CONFIG = EngineConfig(slots=4, context=256, prefill_tokens=64, prefix_cache=False)
@@ -164,6 +164,18 @@ def test_poisoned_request_fails_alone(model):
     # the slot that held NaN serves its next owners as any other
     again, _ = run(engine, [(good, params_)] * cfg.num_heads)
     assert all(r.output == alone[0].output for r in again)
+
+
+def test_an_id_without_a_text_fails_its_request_alone():
+    padded = make_model(vocab_size=BYTE_VOCAB + 5)
+    engine = Engine(padded, CONFIG)
+    (prompt,) = prompts(9)
+    plain = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={65: 100.0})
+    beyond = SamplingParams(max_tokens=3, logit_bias={BYTE_VOCAB + 1: 100.0})
+    (bad, good), news = run(engine, [(prompt, beyond), (prompt, plain)])
+    assert bad.finish_reason == "error"
+    assert f"id {BYTE_VOCAB + 1}, which its tokenizer does not have" in news[0][-1].error
+    assert good.output == [65] * 3
 
 
 def test_failed_round_keeps_the_engine(engine, monkeypatch):

@@ -408,6 +408,9 @@ class Engine:
         elif not allowed[row]:
             message = "bad_words and the grammar together allow no token here"
             self._finish(request, "error", error=message)
+        elif tokens[row] >= self.tokenizer.vocab_size:
+            message = f"the model chose id {tokens[row]}, which its tokenizer does not have"
+            self._finish(request, "error", error=message)
         else:
             self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
 
