@@ -12,7 +12,7 @@ from internjax.version import __version__
 if TYPE_CHECKING:
     from internjax.models.load import Model
 
-__all__ = ["__version__", "load", "pipeline"]
+__all__ = ["__version__", "async_pipeline", "load", "pipeline"]
 
 
 def load(name_or_path: str, **options: Any) -> "Model":
@@ -27,3 +27,10 @@ def pipeline(name_or_path: Any, **options: Any) -> Callable[..., Any]:
     from internjax.serve.pipeline import pipeline
 
     return pipeline(name_or_path, **options)
+
+
+def async_pipeline(name_or_path: Any, **options: Any) -> Any:
+    """Returns a coroutine function that answers; see `internjax.serve.pipeline.AsyncPipeline`."""
+    from internjax.serve.pipeline import async_pipeline
+
+    return async_pipeline(name_or_path, **options)

@@ -1,5 +1,7 @@
 """`LocalLM` against the plain forward pass, windows of long texts, and `pipeline`."""
 
+import asyncio
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from internjax.models.lm import LM, SamplingParams
 from internjax.models.load import load
 from internjax.serve.engine import EngineConfig
 from internjax.serve.local import LocalLM, fingerprint, rolling_windows
-from internjax.serve.pipeline import pipeline
+from internjax.serve.pipeline import async_pipeline, pipeline
 from tests.test_serve_engine import CONFIG, make_model
 
 
@@ -85,6 +87,43 @@ def test_generate_stream_and_pipeline_agree(model):
     assert [g.text for g in pipe(["hi", chat], **options)] == [many[1].text] * 2
     assert pipe("abc", raw=True, **options).text == many[0].text
     assert "".join(pipe.stream("hi", **options)) == many[1].text
+
+
+def test_a_batch_may_be_any_iterable_and_shows_a_bar(model, capsys, monkeypatch):
+    pipe = pipeline(model, slots=CONFIG.slots, context=CONFIG.context, max_tokens=4)
+    one = pipe("hi", ignore_eos=True).text
+    seen = []
+    many = pipe(("hi" for _ in range(3)), ignore_eos=True, progress=lambda *x: seen.append(x))
+    assert [g.text for g in many] == [one] * 3
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert pipe(iter(()), progress=True) == []
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    pipe(["hi"] * 2, ignore_eos=True, progress=True)
+    assert "answers" in capsys.readouterr().err
+
+
+def test_an_event_loop_is_answered_as_a_caller_is(model):
+    options = {"slots": CONFIG.slots, "context": CONFIG.context, "max_tokens": 8}
+    want = pipeline(model, **options)("hi", ignore_eos=True)
+
+    async def ask():
+        async with async_pipeline(model, **options) as pipe:
+            answers = await asyncio.gather(*(pipe("hi", ignore_eos=True) for _ in range(9)))
+            pieces = [piece async for piece in pipe.stream("hi", ignore_eos=True)]
+            with pytest.raises(UserError, match="the context holds"):
+                await pipe("hi", max_tokens=10_000)
+            left = asyncio.create_task(pipe("hi", ignore_eos=True, max_tokens=200))
+            await asyncio.sleep(0.05)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+            assert pipe.lm.engine.stats.max_in_flight > 1
+        assert pipe.lm.engine.in_flight() == 0
+        return answers, pieces
+
+    answers, pieces = asyncio.run(ask())
+    assert answers == [want] * 9
+    assert "".join(pieces) == want.text
 
 
 def test_name_tells_weights_apart(model):

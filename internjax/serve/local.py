@@ -78,7 +78,7 @@ class LocalLM:
                 self.engine.step()
                 for index in [i for i, r in requests.items() if r.finish_reason]:
                     request = requests.pop(index)
-                    results[index] = self._generation(request, texts.pop(index))
+                    results[index] = self.generation(request, texts.pop(index))
                     running, done = running - 1, done + 1
                     if progress:
                         progress(done, len(jobs))
@@ -98,7 +98,7 @@ class LocalLM:
                     self.engine.step()
                     continue
                 delta = news.get()
-                _raise_failed(delta)
+                raise_failed(delta)
                 if delta.text:
                     yield delta.text
             return request
@@ -184,8 +184,9 @@ class LocalLM:
             )
         return context[-room:], continuation
 
-    def _generation(self, request: Request, news: list[Delta]) -> Generation:
-        _raise_failed(news[-1])
+    def generation(self, request: Request, news: list[Delta]) -> Generation:
+        """Sums up the news of a request that has ended."""
+        raise_failed(news[-1])
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = tuple(self._named(x) for delta in news for x in delta.logprobs)
@@ -247,6 +248,7 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()[:12]
 
 
-def _raise_failed(delta: Delta) -> None:
+def raise_failed(delta: Delta) -> None:
+    """Raises UserError for news that a request has failed."""
     if delta.finish_reason == "error":
         raise UserError(f"generation failed: {delta.error}.")
