@@ -14,7 +14,7 @@ from internjax.kernels.platform import choose, not_for_hopper
 BLOCK = 64
 
 
-def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K H"]) -> bool:
+def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K _"]) -> bool:
     """Whether the kernel attends such queries to a cache; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.decode_attention import why_not  # a second that only GPUs pay
@@ -23,7 +23,7 @@ def attends(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K H"]) -> bool:
     return _chosen("attention to the cache", why)
 
 
-def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K H"]) -> bool:
+def writes(q: Float[Array, "B T N H"], keys: Shaped[Array, "P C K _"]) -> bool:
     """Whether the kernel rotates such queries and keys and writes these; said in the log once."""
     if (why := not_for_hopper() or _no_blocks(keys)) is None:
         from internjax.kernels.gpu.rope_write import why_not
@@ -88,6 +88,8 @@ def _chosen(what: str, why: str | None) -> bool:
 
 
 def _no_blocks(keys: Array) -> str | None:
+    if keys.dtype == jnp.uint8:
+        return "keys of 4 bits; legal are floats."
     if keys.shape[1] % BLOCK:
         return f"blocks of {keys.shape[1]} positions; legal are multiples of {BLOCK}."
     return None
