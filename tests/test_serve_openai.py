@@ -9,6 +9,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import openai
 import pytest
 
@@ -179,6 +180,15 @@ def test_completions_take_every_form_of_prompt(client):
     for prompt in ("", [], [[]], [99999]):
         with pytest.raises(openai.BadRequestError):
             complete(client, prompt)
+
+
+def test_an_event_is_one_line_whatever_the_text(url):
+    prompt = "a\u2028b\x85c\u2029d\x0be\n"
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 1, "echo": True, "stream": True}
+    with httpx2.stream("POST", f"{url}/completions", json=body) as answer:
+        events = [x.removeprefix("data: ") for x in answer.iter_lines() if x]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[0])["choices"][0]["text"] == prompt
 
 
 def test_echoed_logprobs_are_loglikelihoods(model, client):

@@ -1,11 +1,12 @@
 """What is known of one HTTP request: begun by the guard, filled in by a route, logged at last."""
 
-import json
 import logging
 import time
 from dataclasses import dataclass, field
 
 from fastapi import Request
+
+from internjax.serve.http.json_line import one_line
 
 log = logging.getLogger("internjax.requests")
 
@@ -64,7 +65,7 @@ class Call:
             line["error"] = self.error
         if with_text:
             line |= {"prompt": self.prompt, "answer": self.answer}
-        log.info(json.dumps(line, ensure_ascii=False))
+        log.info(one_line(line))
 
 
 def call_of(http: Request) -> Call:

@@ -1,6 +1,5 @@
 """Answers sent piece by piece: server-sent events, or a line of JSON each."""
 
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ from fastapi.responses import StreamingResponse
 from internjax.serve.answers import AnswerFailed
 from internjax.serve.http.call import Call
 from internjax.serve.http.errors import ApiError
+from internjax.serve.http.json_line import one_line
 from internjax.serve.http.requests import failure
 from internjax.serve.http.service import Service
 from internjax.serve.thread import Ticket
@@ -68,7 +68,7 @@ def stream(
 
 def event(chunk: dict[str, Any]) -> str:
     """One chunk as OpenAI's chat stream has it."""
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {one_line(chunk)}\n\n"
 
 
 def named_event(chunk: dict[str, Any]) -> str:
@@ -78,4 +78,4 @@ def named_event(chunk: dict[str, Any]) -> str:
 
 def line(chunk: dict[str, Any]) -> str:
     """One chunk as a line of JSON."""
-    return json.dumps(chunk, ensure_ascii=False) + "\n"
+    return one_line(chunk) + "\n"
