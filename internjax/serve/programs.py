@@ -74,7 +74,8 @@ class Programs:
         self.warm = False
         self._met: set[tuple] = set()
         self._words = -(-cfg.vocab_size // 32)
-        self._width = -(-context // config.block)
+        # Room for a padded piece that sticks out of the context: without a block none is written.
+        self._width = -(-(context + CHUNKS[-1]) // config.block)
         self.reset()
 
     def reset(self) -> None:
@@ -93,8 +94,6 @@ class Programs:
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.tokens[start : start + count]
         attend = pick_bucket(start + size, self.attends)
-        if start + size > attend:  # a padded piece would stick out of the last bucket
-            tokens = tokens[:count]
         what = tokens, start, request.freq, request.adapter
         self._prefill(params, self._table([request.blocks]), *what, attend)
         return count, len(tokens)
