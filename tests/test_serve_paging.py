@@ -121,6 +121,24 @@ def test_other_weights_forget_what_was_cached(model):
     assert heard(run(engine, [job])[1]) == heard(first)
 
 
+def test_who_waits_finds_nothing_of_the_old_weights(model):
+    """Though one that runs goes on naming blocks that the old ones filled."""
+    half = jax.tree.map(lambda x: x * 0.5 if x.ndim == 1 else x, model.params)
+    prompt, params = jobs(1)[0]
+    engine = Engine(model, replace(CONFIG, slots=1))
+    running = engine.submit(prompt, params, lambda _: None)
+    while len(running.output) < 3:
+        engine.step()
+    news = []
+    waiting = engine.submit(prompt, params, news.append)
+    engine.set_params(half)
+    while engine.step():
+        pass
+    assert waiting.reused == 0
+    changed = Engine(replace(model, params=half), replace(CONFIG, slots=1))
+    assert logprobs_of(news) == heard(run(changed, [(prompt, params)])[1])[0]
+
+
 def test_a_poisoned_prefix_is_not_found_again():
     model = make_model(128, tie_embeddings=False)
     embed = model.params["embed"].at[200].set(jnp.nan)

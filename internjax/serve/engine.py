@@ -71,7 +71,6 @@ class Engine:
         self.grammars = Grammars(model.tokenizer, model.cfg.vocab_size)
         self.work = threading.Condition()
         self._ids = itertools.count(1)
-        self._version = 0
         self._pending: deque[tuple[Sampled, list[Piece]]] = deque()
         sizes = self.context, pool.total
         self.programs = Programs(self.cfg, config, self.params, *sizes, self.stats)
@@ -245,10 +244,9 @@ class Engine:
           params: a tree like the one that the engine was made with.
         """
         base = self._prepared(params)
-        self._version += 1
         with self.work:
             self._base, self.params = base, with_stacks(base, self._adapters.stacks)
-            self.scheduler.pool.forget()
+            self.scheduler.forget()
 
     def warm_up(self, *, least: bool = False) -> list[str]:
         """Compiles every program ahead of the first request; returns their names.
@@ -470,9 +468,9 @@ class Engine:
         self.stats.held_blocks, self.stats.cached_blocks = pool.held, pool.cached
 
     def _salt(self, freq: np.ndarray, adapter: Place) -> bytes:
-        """Names all that keys and values depend on besides the tokens before them."""
+        """Names what keys and values depend on besides weights and the tokens before them."""
         digest = hashlib.blake2b(freq.tobytes(), digest_size=16)
-        digest.update(f"{self._version} {self.config.kv_dtype} {adapter.version}".encode())
+        digest.update(f"{self.config.kv_dtype} {adapter.version}".encode())
         return digest.digest()
 
     def _inv_freq(self, length: int) -> np.ndarray:

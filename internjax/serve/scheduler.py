@@ -58,10 +58,11 @@ class Request:
       text: turns ids into certain text (`text.TextStream`); matcher: follows the grammar;
         mask: the tokens that it allows next, packed `[W]`.
       lookup: guesses from its own text, see `drafts.PromptLookup`.
-      freq: rotary frequencies `[H/2]`; salt: all that decides its keys and values besides the
-        tokens, see `blocks.block_key`.
+      freq: rotary frequencies `[H/2]`; salt: what decides its keys and values besides weights
+        and tokens, see `blocks.block_key`.
       adapter: the place of its LoRA adapter, -1 for none.
       slot: where it lives, None while it waits; prefilled: positions already cached.
+      root: what the names of its blocks begin with: the salt, and the weights it started with.
       blocks: of the cache, in order; keys: names of the full ones; reused: positions found cached.
       dispatched: tokens that decoding steps were started for; output: ids read back.
       preempted: how often it had to give its blocks back.
@@ -81,6 +82,7 @@ class Request:
     salt: bytes = b""
     adapter: int = -1
     slot: int | None = None
+    root: bytes = b""
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     prefilled: int = 0
@@ -120,6 +122,7 @@ class Scheduler:
 
     def __init__(self, num_slots: int, max_waiting: int, pool: BlockPool, block: int):
         self.max_waiting, self.pool, self.block = max_waiting, pool, block
+        self.version = 0  # of the weights
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * num_slots
 
@@ -153,6 +156,7 @@ class Scheduler:
           reuse: look for blocks that hold the same tokens; counted by `request.reused`.
         """
         tokens = request.tokens
+        request.root, request.keys = request.salt + self.version.to_bytes(8, "little"), []
         # The last token is fed by a step, which writes: its block must be the request's own.
         request.keys = self._keys(request, tokens, (len(tokens) - 1) // self.block)
         found = self.pool.match(request.keys) if reuse else []
@@ -185,9 +189,14 @@ class Scheduler:
     def _keys(self, request: Request, tokens: Sequence[int], full: int) -> list[Key]:
         keys = request.keys[:full]
         for at in range(len(keys), full):
-            parent = keys[-1] if keys else request.salt
+            parent = keys[-1] if keys else request.root
             keys.append(block_key(parent, tokens[at * self.block : (at + 1) * self.block]))
         return keys
+
+    def forget(self) -> None:
+        """Sees that nothing cached so far is found by who starts from now on: other weights."""
+        self.version += 1
+        self.pool.forget()
 
     def youngest(self) -> Request:
         """Returns the request with blocks that came last."""
