@@ -174,7 +174,7 @@ $(STAMPS)/serve-peers: benchmarks/serve_peers.txt | $(STAMPS)
 	@cmake -S $(LLAMA_TREE) -B $(LLAMA_SRC)/build -DCMAKE_BUILD_TYPE=Release $(LLAMA) -DBUILD_SHARED_LIBS=OFF \
 	   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
 	   -DLLAMA_BUILD_EXAMPLES=OFF > $(LLAMA_SRC)/cmake.log
-	@cmake --build $(LLAMA_SRC)/build --target llama-server -j > $(LLAMA_SRC)/build.log
+	@cmake --build $(LLAMA_SRC)/build --target llama-server -j "$$(nproc)" > $(LLAMA_SRC)/build.log
 	@cp $(LLAMA_SRC)/build/bin/llama-server $(SERVE_PEERS)/bin/
 	@rm -rf $(LLAMA_SRC)
 	@touch $@

@@ -136,7 +136,9 @@ def main(args: list[str]) -> int:
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         convert(model_path(resolve(name)), folder / "hf", to="hf", dtype="bfloat16")
-        with running([ours("ours", name)], folder) as started:
+        # `internjax evaluate` does not round activations, so the server that must agree does not.
+        exact = ours("ours", name, "float32", "float32", "serve.engine.activations=f32")
+        with running([exact], folder) as started:
             if not started:
                 return 1
             started["ours"].resume()

@@ -43,12 +43,14 @@ class Server:
         return not Path(self.words[0]).is_file()
 
 
-def ours(name: str, model: str | Path, dtype: str = "float32", kv: str = "float32") -> Server:
-    """`internjax serve` with everything compiled before the first request."""
+def ours(
+    name: str, model: str | Path, dtype: str = "float32", kv: str = "float32", *more: str
+) -> Server:
+    """`internjax serve` with everything compiled before the first request; `more` are settings."""
     words = [sys.executable, "-m", "internjax.cli", "serve", str(model), "serve.port={port}"]
     words += [f"serve.name={MODEL}", f"dtype={dtype}", "serve.warmup=true"]
     words += [f"serve.engine.slots={SLOTS}", f"serve.engine.context={CONTEXT}"]
-    return Server(name, (*words, f"serve.engine.kv_dtype={kv}"))
+    return Server(name, (*words, f"serve.engine.kv_dtype={kv}", *more))
 
 
 def vllm(dtype: str, folder: Path) -> Server:

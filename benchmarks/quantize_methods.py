@@ -193,10 +193,9 @@ def show(found: list[dict], group: int | None) -> None:
     by = {x["method"]: x["perplexity"] for x in found}
     for method in ("awq", "gptq", "gptq-order"):
         if method in by and "rtn" in by:
-            closed = 1 - (by[method] - exact) / (by["rtn"] - exact)
-            print(
-                f"RATIO {method}: closes {closed:.0%} of rtn's gap, {by[method] / exact - 1:+.2%}"
-            )
+            gap = by["rtn"] - exact
+            closed = f"{1 - (by[method] - exact) / gap:.0%}" if gap > 1e-3 * exact else "(none)"
+            print(f"RATIO {method}: closes {closed} of rtn's gap, {by[method] / exact - 1:+.2%}")
 
 
 if __name__ == "__main__":
