@@ -43,8 +43,8 @@ EPSILON = {"packed": 0.0, "float32": 1e-3, "bfloat16": 0.25}
 their rounding times some sqrt(D), through 30 layers: measured with this script, and a margin."""
 
 CONTEXT, BLOCK, MAX_PROMPT = 256, 16, 200
-SLOTS, FEW_SLOTS, GUESSES = 16, 4, 3  # as many rows in every step: plain weights want one size
-FEW_BLOCKS = CONTEXT // BLOCK  # for one request of the whole context, not for four at once
+SLOTS, FEW_SLOTS, GUESSES = 24, 6, 3  # 24 rows in every step: plain weights want one size
+FEW_BLOCKS = CONTEXT // BLOCK  # for one request of the whole context, not for six at once
 Answer = list[IdLogprob]
 
 
