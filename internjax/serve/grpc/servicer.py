@@ -53,14 +53,14 @@ class Inference(GRPCInferenceServiceServicer):
     # What is here ------------------------------------------------------------------------------
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context):
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=not self.model.engine.lost)
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context):
-        return pb.ServerReadyResponse(ready=not self.model.engine.closing)
+        return pb.ServerReadyResponse(ready=self.model.engine.ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context):
         here = request.name == self.model.name and request.version in ("", VERSION)
-        return pb.ModelReadyResponse(ready=here and not self.model.engine.closing)
+        return pb.ModelReadyResponse(ready=here and self.model.engine.ready)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context):
         extensions = ("parameters", "statistics", "model_configuration")
@@ -92,12 +92,14 @@ class Inference(GRPCInferenceServiceServicer):
         return pb.ModelStatisticsResponse(model_stats=[message])
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context):
-        closing = self.model.engine.closing
-        if request.ready and closing:
+        engine = self.model.engine
+        if request.ready and not engine.ready:
             return pb.RepositoryIndexResponse()
-        state, reason = ("UNAVAILABLE", "shutting down") if closing else ("READY", "")
         entry = pb.RepositoryIndexResponse.ModelIndex(
-            name=self.model.name, version=VERSION, state=state, reason=reason
+            name=self.model.name,
+            version=VERSION,
+            state="READY" if engine.ready else "UNAVAILABLE",
+            reason=engine.reason,
         )
         return pb.RepositoryIndexResponse(models=[entry])
 
