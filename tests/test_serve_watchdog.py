@@ -6,7 +6,6 @@ Hangs are real ones: the engine's round blocks for a prompt that says so, behind
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -28,8 +27,8 @@ from internjax.serve.local import LocalLM
 from internjax.serve.replicas.config import LOST_EXIT
 from internjax.serve.server import ServeConfig, serving
 from internjax.serve.watchdog import watch, where
+from tests.grpc_client import free_port, text
 from tests.test_serve_engine import CONFIG, make_model
-from tests.test_serve_grpc import text
 
 HANG = "hang for ever"
 SECONDS = 2.0
@@ -80,12 +79,6 @@ def health(url):
 def metric(url, name):
     found = httpx.get(url.removesuffix("/v1") + "/metrics").text
     return float(re.search(rf"^internjax_{name} (\S+)$", found, re.M)[1])
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Looks(threading.Event):

@@ -237,7 +237,7 @@ def build_app(model: Model, config: ServeConfig, *, first: bool = True):
     for name, folder in config.adapters.items():
         if name == (config.name or model.cfg.name):
             raise UserError(f"adapters.{name}: the model itself is called so; name it otherwise.")
-        engine.load_adapter(name, Path(folder))
+        engine.adapters.load(name, Path(folder))
     if config.warmup or first:
         start = time.monotonic()
         programs = engine.warm_up(least=not config.warmup)
