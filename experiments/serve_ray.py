@@ -76,8 +76,8 @@ class _Replica:
 
     def check_health(self) -> None:
         """Called by Ray, which replaces a replica that raises."""
-        if not self._engine.alive:
-            raise RuntimeError("the engine's thread has ended")
+        if self._engine.lost:
+            raise RuntimeError(self._engine.reason)
 
     def __serve_build_asgi_app__(self):
         """Called by Ray, which serves what this returns."""

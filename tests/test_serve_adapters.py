@@ -46,7 +46,7 @@ def make_adapter(model, name):
 def make_engine(model, names="abc", **changes):
     engine = Engine(model, replace(CONFIG, **changes))
     for name in names:
-        engine.add_adapter(name, *make_adapter(model, name))
+        engine.adapters.add(name, *make_adapter(model, name))
     return engine
 
 
@@ -141,7 +141,7 @@ def test_no_places_change_nothing(model):
     stacked = lambda x: isinstance(x, StackedLora)  # noqa: E731
     assert not any(map(stacked, jax.tree.leaves(engine.params, is_leaf=stacked)))
     with pytest.raises(UserError, match="adapters=0"):
-        engine.add_adapter("a", *make_adapter(model, "a"))
+        engine.adapters.add("a", *make_adapter(model, "a"))
 
 
 def test_loading_and_unloading_while_others_run(model):
@@ -158,25 +158,25 @@ def test_loading_and_unloading_while_others_run(model):
         return engine.submit(prompt, params, news[name].append, adapter=name)
 
     start("")
-    engine.add_adapter("a", *make_adapter(model, "a"))
+    engine.adapters.add("a", *make_adapter(model, "a"))
     running = start("a")
     for _ in range(5):
         engine.step()
-    engine.add_adapter("b", *make_adapter(model, "b"))
+    engine.adapters.add("b", *make_adapter(model, "b"))
     start("b")
     engine.step()
-    engine.unload_adapter("a")
-    assert engine.adapters() == ["b"]
+    engine.adapters.unload("a")
+    assert engine.adapters.names() == ["b"]
     assert running.finish_reason is None
     with pytest.raises(UserError, match="adapter 'a' is not loaded; loaded: b"):
         start("a")
     with pytest.raises(UserError, match="still use"):
-        engine.add_adapter("c", *make_adapter(model, "c"))
+        engine.adapters.add("c", *make_adapter(model, "c"))
     while engine.step():
         pass
     said = {name: [logprobs_of(heard)] for name, heard in news.items()}
     assert said == {"": base, "a": want["a"], "b": want["b"]}
-    engine.add_adapter("c", *make_adapter(model, "c"))  # takes the place of a
+    engine.adapters.add("c", *make_adapter(model, "c"))  # takes the place of a
     assert play(engine, jobs("c")) == want["c"]
     assert engine.stats.programs == programs
     assert engine.stats.recompilations == 0
@@ -191,8 +191,8 @@ def test_prefixes_are_not_shared_across_adapters(model):
     for name in heard:
         play(engine, jobs(name))
     assert engine.stats.prefix_tokens == 3 * 32
-    engine.unload_adapter("a")
-    engine.add_adapter("a", *make_adapter(model, "c"))  # other weights under the same name
+    engine.adapters.unload("a")
+    engine.adapters.add("a", *make_adapter(model, "c"))  # other weights under the same name
     other = play(engine, jobs("a"))
     assert engine.stats.prefix_tokens == 3 * 32
     assert other == play(make_engine(model, "c", prefix_cache=False), jobs("c"))
@@ -211,23 +211,23 @@ def test_adapters_that_do_not_fit_are_refused(model):
     engine = make_engine(model, "ab", adapters=2)
     adapter, lora = make_adapter(model, "c")
     with pytest.raises(UserError, match=r"all 2 places are taken \(a, b\)"):
-        engine.add_adapter("c", adapter, lora)
+        engine.adapters.add("c", adapter, lora)
     with pytest.raises(UserError, match="empty or taken"):
-        engine.add_adapter("a", adapter, lora)
-    engine.unload_adapter("a")
+        engine.adapters.add("a", adapter, lora)
+    engine.adapters.unload("a")
     with pytest.raises(UserError, match="adapter 'a' is not loaded"):
-        engine.unload_adapter("a")
+        engine.adapters.unload("a")
     wide = LoraConfig(rank=5, alpha=1.0)
     with pytest.raises(UserError, match=r"rank 5.*up to 4.*adapter_rank=5"):
-        engine.add_adapter("c", init_adapter(model.cfg, wide, jax.random.key(0)), wide)
+        engine.adapters.add("c", init_adapter(model.cfg, wide, jax.random.key(0)), wide)
     with pytest.raises(UserError, match="targets=router"):
-        engine.add_adapter("c", {"layers": {"router": adapter["layers"]["wq"]}}, lora)
+        engine.adapters.add("c", {"layers": {"router": adapter["layers"]["wq"]}}, lora)
     wrong = {"layers": {"wq": {x: y[..., 1:] for x, y in adapter["layers"]["wk"].items()}}}
     with pytest.raises(UserError, match="factor of wq is"):
-        engine.add_adapter("c", wrong, lora)
+        engine.adapters.add("c", wrong, lora)
     holes = jax.tree.map(lambda x: x.at[0].set(jnp.inf), adapter)
     with pytest.raises(UserError, match="NaN or infinite"):
-        engine.add_adapter("c", holes, lora)
+        engine.adapters.add("c", holes, lora)
     with pytest.raises(UserError, match="adapter_rank=0"):
         replace(CONFIG, adapter_rank=0)
     with pytest.raises(UserError, match=r"engine.adapters=0.*at least 1"):

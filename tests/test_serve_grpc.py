@@ -1,17 +1,10 @@
-"""The gRPC contract: the public `tritonclient` against a real server on a tiny random model."""
+"""The gRPC contract: what is told, asked and answered, by the public `tritonclient`."""
 
 import asyncio
-import contextlib
 import json
-import queue
-import socket
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc
-import numpy as np
 import openai
 import pytest
 import tritonclient.grpc as triton
@@ -19,25 +12,16 @@ import tritonclient.grpc.aio as triton_aio
 from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb, service_pb2_grpc
-from tritonclient.utils import InferenceServerException
 
 from internjax.errors import UserError
 from internjax.models.lm import SamplingParams
 from internjax.models.load import load
-from internjax.serve.engine import Engine
 from internjax.serve.grpc.contract import INPUTS, OUTPUTS, config_text
-from internjax.serve.grpc.server import SERVICE, Face, serving_grpc
-from internjax.serve.keys import Keys
+from internjax.serve.grpc.server import SERVICE
 from internjax.serve.local import LocalLM
-from internjax.serve.server import ServeConfig, serving
-from internjax.serve.thread import EngineThread
-from tests.test_serve_engine import CONFIG as ENGINE, make_model
-
-# One shape for all tests, that of the engine's own: compiled programs are shared.
-CONFIG = replace(ENGINE, max_waiting=64)
-KINDS = {"INT32": "i4", "INT64": "i8", "BOOL": "?"}
-HI = [{"role": "user", "content": "hi"}]
-LONG = {"max_tokens": 200, "ignore_eos": True}
+from internjax.serve.server import serving
+from tests.grpc_client import CONFIG, HI, Stream, face, free_port, infer, tensor, text, texts
+from tests.test_serve_engine import make_model
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +34,6 @@ def local(model):
     return LocalLM(model, CONFIG)
 
 
-@contextlib.contextmanager
-def face(model, config=CONFIG, **options):
-    """Serves; yields (address, engine thread)."""
-    worker = EngineThread(Engine(model, config))
-    shown = Face("tiny", worker, model.tokenizer, model.template, 24, **options)
-    try:
-        with serving_grpc(shown) as address, contextlib.closing(worker):
-            yield address, worker
-    finally:
-        worker.close()
-
-
 @pytest.fixture(scope="module")
 def served(model):
     with face(model) as pair:
@@ -72,67 +44,6 @@ def served(model):
 def client(served):
     with triton.InferenceServerClient(served[0]) as client:
         yield client
-
-
-def tensor(name, values, kind="BYTES", module=triton):
-    if kind == "BYTES":
-        array = np.array([value.encode() for value in values], np.object_)
-    else:
-        array = np.array(values, KINDS[kind])
-    made = module.InferInput(name, array.shape, kind)
-    made.set_data_from_numpy(array)
-    return made
-
-
-def text(*prompts):
-    return [tensor("text_input", prompts)]
-
-
-def infer(client, inputs, outputs=None, **parameters):
-    asked = outputs and [triton.InferRequestedOutput(name) for name in outputs]
-    return client.infer("tiny", inputs, outputs=asked, parameters=parameters or None)
-
-
-def texts(result, name="text_output"):
-    return [x.decode() for x in result.as_numpy(name)]
-
-
-def until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
-
-
-def idle(worker, seconds=20):
-    return until(lambda: worker.engine.in_flight() == 0, seconds)
-
-
-class Stream:
-    """A client's stream whose news are read one by one."""
-
-    def __init__(self, client, **options):
-        self.client, self.news = client, queue.Queue()
-        client.start_stream(lambda result, error: self.news.put((result, error)), **options)
-
-    def ask(self, inputs, id="", **parameters):
-        self.client.async_stream_infer(
-            "tiny", inputs, request_id=id, parameters=parameters or None,
-            enable_empty_final_response=True,
-        )  # fmt: skip
-
-    def take(self):
-        return self.news.get(timeout=60)
-
-    def until_final(self):
-        """Returns every response up to the one that is marked as the last."""
-        responses = []
-        while True:
-            result, error = self.take()
-            assert error is None, error
-            responses.append(result)
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                return responses
 
 
 # What is told about the server --------------------------------------------------------------
@@ -332,306 +243,6 @@ def test_async_client_answers_and_streams(served):
     assert len(pieces) > 1
 
 
-# Refusals -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("inputs", "parameters", "says"),
-    [
-        ([], {}, "text_input, messages, input_ids"),
-        ([*text("a"), tensor("input_ids", [[1]], "INT32")], {}, "text_input and input_ids"),
-        (text(), {}, "empty"),
-        (text(""), {}, "empty"),
-        (text("x" * 600), {}, "600.*256"),
-        (text("a"), {"max_tokens": 256}, "257.*256"),
-        (text("a"), {"tempreature": 1.0}, "tempreature.*temperature"),
-        (text("a"), {"temperature": -1.0}, "temperature"),
-        (text("a"), {"max_tokens": "many"}, "max_tokens"),
-        (text("a"), {"logprobs": 99}, "logprobs"),
-        (text("a"), {"stream": 1}, "stream=1"),
-        (text("a"), {"stream": True}, "ModelStreamInfer"),
-        ([*text("a"), tensor("stream", [True], "BOOL")], {"stream": True}, "stream"),
-        ([*text("a"), tensor("stream", [True, False], "BOOL")], {}, "one value"),
-        ([*text("a"), tensor("exclude_input_in_output", [False], "BOOL")], {}, "exclude_input"),
-        ([*text("a"), tensor("sampling_parameters", ["{"])], {}, "JSON"),
-        ([*text("a"), tensor("sampling_parameters", ["[" * 100_000])], {}, "JSON"),
-        ([*text("a"), tensor("sampling_parameters", ["3"])], {}, "object"),
-        ([*text("a"), tensor("sampling_parameters", ["{}", "{}"])], {}, "1 or 1"),
-        ([*text("a"), tensor("sampling_parameters", ['{"seed": 1}'])], {"seed": 1}, "seed"),
-        ([*text("a"), tensor("sampling_parameters", ['{"logit_bias": {"999": 1}}'])], {}, "999"),
-        ([*text("a"), tensor("sampling_parameters", ['{"grammar": {"regex": "("}}'])], {}, "regex"),
-        ([*text("a"), tensor("input_lengths", [1], "INT32")], {}, "input_lengths"),
-        ([tensor("input_ids", [[1, 300]], "INT32")], {}, "300"),
-        ([tensor("input_ids", [[1, -1]], "INT64")], {}, "-1"),
-        ([tensor("input_ids", [[[1]]], "INT32")], {}, "shape"),
-        ([tensor("input_ids", [[1], [2]], "INT32"), tensor("input_lengths", [1, 2], "INT32")], {},
-         "input_lengths"),
-        ([tensor("messages", ["[]"])], {}, "messages"),
-        ([tensor("messages", ['[{"role": "robot", "content": "x"}]'])], {}, "robot"),
-        ([tensor("prompt", ["a"])], {}, "prompt.*text_input"),
-        ([tensor("text_input", [1], "INT32")], {}, "BYTES"),
-        ([*text("a"), *text("b")], {}, "twice"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_obeyed_is_refused_with_the_reason(client, inputs, parameters, says):
-    with pytest.raises(InferenceServerException, match=says) as caught:
-        infer(client, inputs, **parameters)
-    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-
-
-def broken(change):
-    request = pb.ModelInferRequest(model_name="tiny")
-    request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
-    request.raw_input_contents.append(b"\x01\x00\x00\x00a")
-    change(request)
-    return request
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "says"),
-    [
-        (lambda r: setattr(r, "model_name", "other"), "NOT_FOUND", "other.*tiny"),
-        (lambda r: setattr(r, "model_version", "3"), "NOT_FOUND", "3.*tiny"),
-        (lambda r: r.raw_input_contents.append(b""), "INVALID_ARGUMENT", "2 for 1"),
-        (lambda r: r.inputs[0].shape.append(2), "INVALID_ARGUMENT", "shape"),
-        (lambda r: r.inputs[0].shape.__setitem__(0, -1), "INVALID_ARGUMENT", "shape"),
-        (lambda r: r.raw_input_contents.__setitem__(0, b"\x01\x00"), "INVALID_ARGUMENT", "within"),
-        (lambda r: r.raw_input_contents.__setitem__(0, b"\xff\xff\xff\xffa"), "INVALID_ARGUMENT",
-         "within"),
-        (lambda r: r.raw_input_contents.__setitem__(0, b"\x01\x00\x00\x00\xff"),
-         "INVALID_ARGUMENT", "UTF-8"),
-        (lambda r: r.parameters["seed"], "INVALID_ARGUMENT", "no value"),
-        (lambda r: r.outputs.add(name="logits"), "INVALID_ARGUMENT", "logits.*output_ids"),
-        (lambda r: r.inputs[0].parameters["shared_memory_region"], "INVALID_ARGUMENT", "shared"),
-    ],
-)  # fmt: skip
-def test_malformed_messages_are_refused(served, change, code, says):
-    with grpc.insecure_channel(served[0]) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        with pytest.raises(grpc.RpcError, match=says) as caught:
-            stub.ModelInfer(broken(change))
-    assert caught.value.code() == grpc.StatusCode[code]
-
-
-def test_what_is_not_served_says_so(client):
-    for call in (
-        client.get_model_metadata,
-        client.get_model_config,
-        client.get_inference_statistics,
-    ):
-        with pytest.raises(InferenceServerException, match="tiny") as caught:
-            call("other")
-        assert caught.value.status() == "StatusCode.NOT_FOUND"
-    for call in (
-        lambda: client.load_model("tiny"),
-        lambda: client.get_system_shared_memory_status(),
-        lambda: client.get_log_settings(),
-    ):
-        with pytest.raises(InferenceServerException) as caught:
-            call()
-        assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
-
-
-def test_errors_of_a_stream_leave_it_open_or_end_it(served, client):
-    stream = Stream(client)
-    stream.ask(text("a"), max_tokens=9999)
-    result, error = stream.take()
-    assert result is None
-    assert "9999" in error.message()
-    stream.ask(text("abc"), max_tokens=3)
-    assert stream.until_final()
-    client.stop_stream()
-    with triton.InferenceServerClient(served[0]) as strict:
-        stream = Stream(strict, headers={"triton_grpc_error": "true"})
-        stream.ask(text("a"), max_tokens=9999)
-        _, error = stream.take()
-        assert error.status() == "StatusCode.INVALID_ARGUMENT"
-        assert "9999" in error.message()
-
-
-# Load ---------------------------------------------------------------------------------------
-
-
-def steps_to_free(worker):
-    """Notes for every cancelled request how many decoding steps it outlives its cancellation."""
-    engine, waited, begun = worker.engine, [], {}
-    cancel, submit = engine.cancel, engine.submit
-
-    def noted_cancel(request):
-        begun.setdefault(request.id, engine.stats.steps)
-        cancel(request)
-
-    def noted_submit(prompt, params, emit, **more):
-        def noted_emit(delta):
-            if delta.finish_reason == "cancelled":
-                waited.append(engine.stats.steps - begun[request.id])
-            emit(delta)
-
-        request = submit(prompt, params, noted_emit, **more)
-        return request
-
-    engine.cancel, engine.submit = noted_cancel, noted_submit
-    return waited
-
-
-def test_a_client_that_leaves_frees_its_slot_within_two_steps(model):
-    with face(model) as (address, worker):
-        waited = steps_to_free(worker)
-        with triton.InferenceServerClient(address) as client:
-            stream = Stream(client)
-            for prompt in ("a", "b"):
-                stream.ask(text(prompt), **LONG)
-            stream.take()
-            client.stop_stream(cancel_requests=True)
-            assert idle(worker, 5)
-            assert len(waited) == 2
-            done = queue.Queue()
-            call = client.async_infer(
-                "tiny", text("c", "d"), lambda result, error: done.put(error), parameters=LONG
-            )
-            assert until(lambda: worker.engine.in_flight() == 2)
-            call.cancel()
-            assert done.get(timeout=10).status() == "StatusCode.CANCELLED"
-            assert idle(worker, 5)
-            with pytest.raises(InferenceServerException, match="Deadline"):
-                client.infer("tiny", text("e"), parameters=LONG, client_timeout=0.05)
-            assert idle(worker, 5)
-            assert len(waited) == 5
-            assert max(waited) <= 2
-            assert worker.engine.stats.cancelled == 5
-            fail = client.get_inference_statistics("tiny").model_stats[0].inference_stats.fail
-            assert fail.count == 5
-            assert texts(infer(client, text("abc"), max_tokens=3))
-
-
-def test_streams_dropped_at_random_leave_nothing_behind(served):
-    async def storm():
-        async with triton_aio.InferenceServerClient(served[0]) as client:
-
-            async def leave(i):
-                async def requests():
-                    inputs = [tensor("text_input", [f"prompt {i}"], module=triton_aio)]
-                    yield {"model_name": "tiny", "inputs": inputs, "parameters": LONG}
-
-                stream = client.stream_infer(requests())
-                for _ in range(i % 3):
-                    _, error = await anext(stream)
-                    assert error is None
-                stream.cancel()
-
-            await asyncio.gather(*map(leave, range(40)))
-
-    asyncio.run(storm())
-    assert idle(served[1])
-    with triton.InferenceServerClient(served[0]) as client:
-        assert texts(infer(client, text("abc"), max_tokens=3))
-
-
-def test_many_clients_get_what_they_would_get_alone(served):
-    def ask(seed):
-        with triton.InferenceServerClient(served[0]) as client:
-            return texts(infer(client, text("abc"), max_tokens=8, temperature=1.0, seed=seed))[0]
-
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(ask, range(8)))
-    assert together == [ask(seed) for seed in range(8)]
-    assert len(set(together)) > 1
-
-
-def test_statistics_count_what_was_answered(client):
-    read = lambda: client.get_inference_statistics("tiny").model_stats[0]  # noqa: E731
-    before = read()
-    infer(client, text("abc", "xyz"), max_tokens=4, ignore_eos=True)
-    after = read()
-    assert after.inference_count == before.inference_count + 2
-    assert after.execution_count >= before.execution_count + 4
-    assert after.last_inference >= before.last_inference > 1.7e12
-    a, b = after.inference_stats, before.inference_stats
-    assert a.success.count == b.success.count + 2
-    whole = a.success.ns - b.success.ns
-    parts = (a.compute_input.ns - b.compute_input.ns) + (a.compute_infer.ns - b.compute_infer.ns)
-    assert 0 < whole < 60e9
-    assert abs(whole - parts) < 1e3
-
-
-def threads():
-    return [t for t in threading.enumerate() if t.name == "grpc"]
-
-
-def test_queue_key_size_and_closing(model):
-    small, before = replace(CONFIG, max_waiting=1), len(threads())
-    keys = Keys(None, "secret")
-    options = {"knows": lambda key: keys.owner(key) is not None, "max_message_bytes": 20_000}
-    options["max_request_tokens"] = 250
-    key = {"authorization": "Bearer secret"}
-    with face(model, small, **options) as (address, worker):
-        with grpc.insecure_channel(address) as channel:
-            lights = health_pb2_grpc.HealthStub(channel)
-            assert lights.Check(health_pb2.HealthCheckRequest()).status == 1
-        with triton.InferenceServerClient(address) as client:
-            for wrong in (None, {"authorization": "Bearer secre"}, {"authorization": "secret"}):
-                with pytest.raises(InferenceServerException) as caught:
-                    client.infer("tiny", text("a"), headers=wrong)
-                assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
-            stream = Stream(client)
-            _, error = stream.take()
-            assert error.status() == "StatusCode.UNAUTHENTICATED"
-            client.stop_stream()
-            with pytest.raises(InferenceServerException, match=r"larger|max") as caught:
-                client.infer("tiny", text("x" * 30_000), headers=key)
-            assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
-            with pytest.raises(InferenceServerException, match=r"255 tokens.*250") as caught:
-                client.infer("tiny", text("x" * 55), parameters=LONG, headers=key)
-            assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-            stream = Stream(client, headers=key)
-            for place in range(1, CONFIG.slots + 1):
-                stream.ask(text("a"), **LONG)
-                assert until(lambda n=place: len(worker.engine.scheduler.running()) == n)
-            stream.ask(text("b"), **LONG)  # waits
-            assert until(lambda: worker.engine.in_flight() == CONFIG.slots + 1)
-            with pytest.raises(InferenceServerException, match="waiting") as caught:
-                client.infer("tiny", text("c"), headers=key)
-            assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
-            worker.close()
-            errors = []
-            while len(errors) < CONFIG.slots + 1:
-                errors += [e for e in [stream.take()[1]] if e]
-            assert all("shutting down" in e.message() for e in errors)
-            with pytest.raises(InferenceServerException) as caught:
-                client.infer("tiny", text("c"), headers=key)
-            assert caught.value.status() == "StatusCode.UNAVAILABLE"
-            assert not client.is_server_ready(headers=key)
-            assert not client.is_model_ready("tiny", headers=key)
-            client.stop_stream()
-        port = int(address.rpartition(":")[2])
-        shown = Face("tiny", worker, model.tokenizer, model.template)
-        with (
-            pytest.raises(UserError, match=rf":{port}.*grpc_port=0"),
-            serving_grpc(shown, port=port),
-        ):
-            pass
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
-        pass
-    assert len(threads()) == before
-
-
-def test_a_failed_round_fails_its_requests_and_no_others(model):
-    with face(model) as (address, worker), triton.InferenceServerClient(address) as client:
-        engine, step = worker.engine, worker.engine.step
-
-        def fail():
-            if engine.scheduler.running():
-                engine.step = step
-                raise RuntimeError("broken on purpose")
-            return step()
-
-        engine.step = fail
-        with pytest.raises(InferenceServerException, match=r"on purpose.*request 1") as caught:
-            infer(client, text("abc"), max_tokens=3)
-        assert caught.value.status() == "StatusCode.INTERNAL"
-        assert texts(infer(client, text("abc"), max_tokens=3))
-
-
 @pytest.mark.needs_model
 def test_smollm2_answers_over_grpc(smollm2_gguf):
     model, config = load(smollm2_gguf, packed=True), replace(CONFIG, slots=2)
@@ -647,21 +258,6 @@ def test_smollm2_answers_over_grpc(smollm2_gguf):
         assert "".join(pieces) == expected.text
         assert len(pieces) == len(expected.token_ids)
         client.stop_stream()
-
-
-def test_ports_and_limits_that_cannot_be_are_refused():
-    for options, says in (
-        ({"grpc_port": 70_000}, "grpc_port=70000"),
-        ({"grpc_port": 0, "tokens_per_minute": 5}, "limits are counted over HTTP only"),
-    ):
-        with pytest.raises(UserError, match=says):
-            ServeConfig(**options)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_openai_and_grpc_are_two_faces_of_one_engine(model):

@@ -28,8 +28,8 @@ from internjax.serve.grpc.contract import INPUTS, OUTPUTS
 from internjax.serve.grpc.repository import model_name
 from internjax.serve.local import LocalLM
 from tests.fakes import byte_tokenizer
+from tests.grpc_client import idle, until
 from tests.test_serve_engine import CONFIG, make_model
-from tests.test_serve_grpc import idle, until
 
 TYPES = {tensor.name: triton_to_np_dtype(tensor.datatype) for tensor in (*INPUTS, *OUTPUTS)}
 LONG = {"max_tokens": 200, "ignore_eos": True}

@@ -4,9 +4,10 @@ The stacks have their full size from the start, so loading and unloading compile
 given anew only when no request in flight computes with it.
 """
 
-import logging
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,10 @@ from jaxtyping import Array, Int
 from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.models.decoder import param_table
-from internjax.models.peft import NUM_IN, LoraConfig, check_targets
+from internjax.models.peft import NUM_IN, LoraConfig, check_targets, load_adapter
+from internjax.serve.config import EngineConfig
 from internjax.tree import Leaf, Params
 from internjax.weights import StackedLora
-
-log = logging.getLogger(__name__)
 
 type Stacks = tuple[dict[str, tuple[Leaf, Leaf]], ...]
 """A dict a layer: the factors a `[*in, A, R]` and b `[A, R, *out]` of every projection."""
@@ -38,16 +38,84 @@ class Place:
 
 
 class Adapters:
-    """The names and places of adapters, and their stacks. Not locked: the engine sees to that.
+    """The weights of an engine with the adapters beside them. Called from any thread.
 
-    Laws: two names never share a place; `stacks` is replaced, never written to.
+    Laws: two names never share a place; `stacks`, `params` and `named` are replaced, never written
+    to, so that whoever only looks needs no lock.
+
+    Fields:
+      params: what steps compute with, no adapter chosen.
+      named: the places of those that are loaded.
     """
 
-    def __init__(self, cfg: ModelConfig, count: int, rank: int):
-        self.cfg, self.count, self.rank = cfg, count, rank
-        self.stacks = init_stacks(cfg, count, rank)
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        config: EngineConfig,
+        base: Params,
+        lock: threading.Condition,
+        used: Callable[[], Collection[int]],
+    ):
+        """Makes room for `config.adapters` of them.
+
+        Args:
+          base: the weights as `prepare` and `lay_out` leave them.
+          lock: the engine's; who puts a request in line holds it from `find` on.
+          used: the places that requests in flight compute with.
+        """
+        self.cfg, self.count, self.rank = cfg, config.adapters, config.adapter_rank
+        self.stacks = init_stacks(cfg, self.count, self.rank)
         self.named: dict[str, Place] = {}
         self._versions = 0
+        self._lock, self._used = lock, used
+        self._loading = threading.Lock()
+        self.set_base(base)
+
+    def set_base(self, base: Params) -> None:
+        """Takes other weights; the adapters stay."""
+        with self._lock:
+            self._base, self.params = base, with_stacks(base, self.stacks)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Reads a PEFT folder and serves it as `name` from now on; those who run go on meanwhile.
+
+        Raises:
+          UserError: it cannot be read or does not fit, the name is taken, no place is free.
+        """
+        self.add(name, *load_adapter(folder, self.cfg))
+
+    def add(self, name: str, adapter: Params, lora: LoraConfig) -> None:
+        """Serves an adapter as `name` from now on; those who run go on meanwhile.
+
+        Args:
+          adapter: a tree as `adapt.lora.init_adapter` makes it.
+
+        Raises:
+          UserError: it does not fit the model, the name is taken or no place is free.
+        """
+        with self._loading:
+            with self._lock:
+                index = self._free(name)
+            factors = fill(self.cfg, self.rank, adapter, lora)
+            stacks = jax.block_until_ready(put(self.stacks, np.int32(index), factors))
+            with self._lock:
+                self._versions += 1
+                self.named = {**self.named, name: Place(index, self._versions)}
+                self.stacks, self.params = stacks, with_stacks(self._base, stacks)
+
+    def unload(self, name: str) -> None:
+        """Refuses new requests for an adapter; those in flight go on with it to their end.
+
+        Raises:
+          UserError: no such adapter.
+        """
+        with self._lock:
+            self.find(name)
+            self.named = {n: place for n, place in self.named.items() if n != name}
+
+    def names(self) -> list[str]:
+        """Returns the names of those that are loaded."""
+        return list(self.named)
 
     def find(self, name: str) -> Place:
         """Returns the place of an adapter; "" is the model itself.
@@ -62,11 +130,24 @@ class Adapters:
             raise UserError(f"adapter {name!r} is not loaded; loaded: {there}.")
         return self.named[name]
 
-    def free(self, name: str, used: Collection[int]) -> int:
-        """Returns a place for a new adapter.
+    def params_of(self, name: str) -> Params:
+        """Returns the weights for computing beside the engine's steps; "" is the model itself.
 
-        Args:
-          used: places that requests in flight compute with.
+        Raises:
+          UserError: no such adapter.
+        """
+        with self._lock:
+            place = self.find(name)
+            return choosing(self.params, jnp.int32(place.index)) if name else self.params
+
+    def warm_up(self) -> None:
+        """Compiles what loading runs."""
+        if self.count:
+            nothing = {"layers": {}}, LoraConfig(rank=1)
+            put(self.stacks, np.int32(0), fill(self.cfg, self.rank, *nothing))
+
+    def _free(self, name: str) -> int:
+        """Returns a place for a new adapter.
 
         Raises:
           UserError: the name is taken or no place is free.
@@ -82,6 +163,7 @@ class Adapters:
                 f"adapter {name!r}: all {self.count} places are taken ({names}): unload one, or "
                 "start the engine with a larger `adapters`."
             )
+        used = self._used()
         left = [i for i in range(self.count) if i not in taken and i not in used]
         if not left:
             raise UserError(
@@ -89,26 +171,6 @@ class Adapters:
                 "when they have ended."
             )
         return left[0]
-
-    def warm_up(self) -> None:
-        """Compiles what loading runs."""
-        if self.count:
-            nothing = {"layers": {}}, LoraConfig(rank=1)
-            put(self.stacks, np.int32(0), fill(self.cfg, self.rank, *nothing))
-
-    def name(self, name: str, index: int, stacks: Stacks) -> None:
-        """Books an adapter whose factors are in `stacks`."""
-        self._versions += 1
-        self.stacks, self.named[name] = stacks, Place(index, self._versions)
-
-    def forget(self, name: str) -> None:
-        """Takes an adapter's name away.
-
-        Raises:
-          UserError: no such adapter.
-        """
-        self.find(name)
-        del self.named[name]
 
 
 def init_stacks(cfg: ModelConfig, count: int, rank: int) -> Stacks:

@@ -31,6 +31,17 @@ def block_key(parent: Key, tokens: Sequence[int]) -> Key:
     return digest.digest()
 
 
+def salt_of(frequencies: bytes, kv_dtype: str, adapter: int) -> bytes:
+    """Names what a request's keys and values depend on besides weights and tokens.
+
+    Args:
+      frequencies: of its rotary embedding; adapter: version of its adapter, 0 for none.
+    """
+    digest = hashlib.blake2b(frequencies, digest_size=16)
+    digest.update(f"{kv_dtype} {adapter}".encode())
+    return digest.digest()
+
+
 class BlockPool:
     """Hands out the blocks 0..total-1."""
 

@@ -1,4 +1,4 @@
-"""How many blocks of keys and values fit where they have to."""
+"""How much fits: positions of one request, and blocks of keys and values of all."""
 
 import os
 
@@ -7,6 +7,24 @@ import jax
 from internjax.errors import UserError
 from internjax.models.config import ModelConfig
 from internjax.serve.config import EngineConfig
+from internjax.serve.programs import CHUNKS
+
+
+def fit_context(config: EngineConfig, cfg: ModelConfig) -> int:
+    """Returns the positions that a slot holds, prompt and answer together.
+
+    Raises:
+      UserError: the model cannot look so far.
+    """
+    limit = cfg.max_context
+    context = config.context or min(limit, 2048)
+    if context > limit and cfg.rope.kind == "default":
+        raise UserError(
+            f"context={context} is longer than the model's {limit}: give at most that, or a model "
+            "whose rope is stretched."
+        )
+    # A multiple of the longest piece: a padded piece of a prompt must fit before the end.
+    return context if context < CHUNKS[-1] else context // CHUNKS[-1] * CHUNKS[-1]
 
 
 def block_bytes(cfg: ModelConfig, block: int, kv_dtype: str) -> int:

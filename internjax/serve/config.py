@@ -102,6 +102,7 @@ class EngineStats:
       prefix_tokens: prompt tokens found in the cache; preempted: times a request had to give its
         blocks back; poisoned: requests failed for NaN or infinite logits.
       programs: compiled shapes in use; recompilations: those met after the warm-up.
+      hangs: rounds that did not end in time, see `thread.EngineThread`.
       guessed, accepted: tokens that speculation guessed, and those that were right.
       grammar_seconds: what the engine's thread spent on masks for `grammar_tokens` tokens; steps
         with a constrained request also wait for the step before.
@@ -119,6 +120,7 @@ class EngineStats:
     prefix_tokens: int = 0
     preempted: int = 0
     poisoned: int = 0
+    hangs: int = 0
     programs: int = 0
     recompilations: int = 0
     guessed: int = 0

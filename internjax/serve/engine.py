@@ -6,34 +6,30 @@ while the host turns ids into text. A slot under a grammar needs its last token 
 mask, so its presence makes the round read first. Knows nothing of HTTP, chats or threads.
 """
 
-import hashlib
 import itertools
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from internjax.errors import UserError
 from internjax.models import rope
 from internjax.models.lm import SamplingParams
 from internjax.models.load import Model
-from internjax.models.peft import LoraConfig, load_adapter
-from internjax.serve.adapters import Adapters, Place, choosing, fill, put, with_stacks
-from internjax.serve.bans import ban_row, request_bans
-from internjax.serve.blocks import BlockPool
-from internjax.serve.budget import count_blocks
+from internjax.serve.adapters import Adapters
+from internjax.serve.bans import request_bans
+from internjax.serve.blocks import BlockPool, salt_of
+from internjax.serve.budget import count_blocks, fit_context
+from internjax.serve.checks import check_prompt, check_request
+from internjax.serve.chosen import Chosen
 from internjax.serve.config import EngineConfig, EngineStats
 from internjax.serve.drafts import DraftModel, PromptLookup, check_draft, may_guess
 from internjax.serve.grammar import GrammarFailed, Grammars
 from internjax.serve.prepare import prepare_params
-from internjax.serve.programs import CHUNKS, Piece, Programs
-from internjax.serve.sampling import TOP_LOGPROBS, Sampled, adjusts, scalars
+from internjax.serve.programs import Piece, Programs
+from internjax.serve.sampling import Sampled, slot_row
 from internjax.serve.scheduler import Delta, IdLogprob, Request, Scheduler
 from internjax.serve.tensor import lay_out, make_tensor_mesh
 from internjax.serve.text import TextStream
@@ -59,17 +55,16 @@ class Engine:
         """
         config = config or EngineConfig()
         self.config, self.cfg, self.tokenizer = config, model.cfg, model.tokenizer
-        self.context = _context(config, model)
+        self.context = fit_context(config, model.cfg)
         self._mesh = make_tensor_mesh(config.tensor)
-        self._adapters = Adapters(model.cfg, config.adapters, config.adapter_rank)
-        self._base = self._prepared(model.params)
-        self.params = with_stacks(self._base, self._adapters.stacks)
-        self._loading = threading.Lock()
+        self.work = threading.Condition()
+        used = lambda: {r.adapter for r in self.scheduler.all()}  # noqa: E731
+        base = self._prepared(model.params)
+        self.adapters = Adapters(model.cfg, config, base, self.work, used)
         pool = BlockPool(count_blocks(config, model.cfg, self.context))
         self.scheduler = Scheduler(config.slots, config.max_waiting, pool, config.block)
         self.stats = EngineStats(blocks=pool.total)
         self.grammars = Grammars(model.tokenizer, model.cfg.vocab_size)
-        self.work = threading.Condition()
         self._ids = itertools.count(1)
         self._pending: deque[tuple[Sampled, list[Piece]]] = deque()
         sizes = self.context, pool.total
@@ -78,6 +73,11 @@ class Engine:
         if draft is not None and config.speculate:
             check_draft(model, draft)
             self._guesser = DraftModel(draft, config, *sizes, self.stats)
+
+    @property
+    def params(self) -> Params:
+        """The weights, as the steps compute with them."""
+        return self.adapters.params
 
     # Called from any thread -------------------------------------------------------------------
 
@@ -101,8 +101,9 @@ class Engine:
           UserError: the request cannot be run as it is, whatever the load.
           QueueFull: too many are waiting.
         """
-        self._check(prompt, params)
-        freq = self._inv_freq(len(prompt) + params.max_tokens)
+        check_request(prompt, params, self.context, self.cfg.vocab_size)
+        request_bans(params, self.tokenizer, len(prompt))  # refuses those that cannot be
+        freq = rope.inv_freq(self.cfg, len(prompt) + params.max_tokens).astype(np.float32)
         request = Request(
             id=next(self._ids),
             prompt=tuple(prompt),
@@ -114,8 +115,9 @@ class Engine:
             freq=freq,
         )
         with self.work:  # a place must not change its adapter before the request is known
-            place = self._adapters.find(adapter)
-            request.adapter, request.salt = place.index, self._salt(freq, place)
+            place = self.adapters.find(adapter)
+            request.adapter = place.index
+            request.salt = salt_of(freq.tobytes(), self.config.kv_dtype, place.version)
             self.scheduler.add(request)
             self.stats.requests += 1
             self.stats.prompt_tokens += len(prompt)
@@ -124,69 +126,13 @@ class Engine:
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises `UserError` for a prompt that is empty, too long or not of this vocabulary."""
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token.")
-        if len(prompt) > self.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens but the context holds {self.context}."
-            )
-        _check_ids("prompt", prompt, self.cfg.vocab_size)
+        check_prompt(prompt, self.context, self.cfg.vocab_size)
 
     def cancel(self, request: Request) -> None:
         """Ends a request at the next round; does nothing to one that has ended."""
         with self.work:
             request.cancelled = True
             self.work.notify()
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Reads a PEFT folder and serves it as `name` from now on; those who run go on meanwhile.
-
-        Raises:
-          UserError: it cannot be read or does not fit, the name is taken, no place is free.
-        """
-        self.add_adapter(name, *load_adapter(folder, self.cfg))
-
-    def add_adapter(self, name: str, adapter: Params, lora: LoraConfig) -> None:
-        """Serves an adapter as `name` from now on; those who run go on meanwhile.
-
-        Args:
-          adapter: a tree as `adapt.lora.init_adapter` makes it.
-
-        Raises:
-          UserError: it does not fit the model, the name is taken or no place is free.
-        """
-        with self._loading:
-            with self.work:
-                index = self._adapters.free(name, {r.adapter for r in self.scheduler.all()})
-            factors = fill(self.cfg, self.config.adapter_rank, adapter, lora)
-            stacks = jax.block_until_ready(put(self._adapters.stacks, np.int32(index), factors))
-            with self.work:
-                self._adapters.name(name, index, stacks)
-                self.params = with_stacks(self._base, stacks)
-
-    def unload_adapter(self, name: str) -> None:
-        """Refuses new requests for an adapter; those in flight go on with it to their end.
-
-        Raises:
-          UserError: no such adapter.
-        """
-        with self.work:
-            self._adapters.forget(name)
-
-    def adapters(self) -> list[str]:
-        """Returns the names of the loaded adapters."""
-        with self.work:
-            return list(self._adapters.named)
-
-    def params_of(self, adapter: str) -> Params:
-        """Returns the weights for computing beside the engine's steps; "" is the model itself.
-
-        Raises:
-          UserError: no such adapter.
-        """
-        with self.work:
-            place = self._adapters.find(adapter)
-            return choosing(self.params, jnp.int32(place.index)) if adapter else self.params
 
     def in_flight(self) -> int:
         """Requests that wait or run."""
@@ -245,7 +191,7 @@ class Engine:
         """
         base = self._prepared(params)
         with self.work:
-            self._base, self.params = base, with_stacks(base, self._adapters.stacks)
+            self.adapters.set_base(base)
             self.scheduler.forget()
 
     def warm_up(self, *, least: bool = False) -> list[str]:
@@ -260,7 +206,7 @@ class Engine:
         if self._guesser:
             self._guesser.warm_up(rows, least=least)
         if not least:
-            self._adapters.warm_up()
+            self.adapters.warm_up()
         return self.programs.warm_up(self.params, rows, least=least)
 
     def _prepared(self, params: Params) -> Params:
@@ -369,25 +315,15 @@ class Engine:
     def _row(
         self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], seed: int
     ) -> dict:
-        row = scalars(params, seed)
-        row |= ban_row(request_bans(params, self.tokenizer, len(prompt)), output)
-        if adjusts(params):
-            row["in_prompt"] = np.zeros(self.cfg.vocab_size, bool)
-            row["in_prompt"][list(prompt)] = True
-            row["bias"] = np.zeros(self.cfg.vocab_size, np.float32)
-            for token, value in (params.logit_bias or {}).items():
-                row["bias"][token] = value
-            size = self.cfg.vocab_size
-            row["counts"] = np.bincount(np.asarray(output, int), minlength=size).astype(np.int32)
-        return row
+        bans = request_bans(params, self.tokenizer, len(prompt))
+        return slot_row(params, seed, prompt, output, bans, self.cfg.vocab_size)
 
     def _read(self, keep: int) -> None:
         """Reads back dispatched steps, oldest first, but leaves `keep` of them running."""
         while len(self._pending) > keep:
-            out, pieces = self._pending.popleft()
-            tokens, finite, allowed = map(np.asarray, (out.token, out.finite, out.allowed))
+            sampled, pieces = self._pending.popleft()
             asked = any(p.request.params.logprobs is not None for p in pieces)
-            rivals = jax.device_get((out.logprob, out.top_ids, out.top_logprobs)) if asked else None
+            chosen = Chosen.read(sampled, logprobs=asked)
             for piece in pieces:
                 for row in range(piece.row, piece.row + len(piece.tokens)):
                     if not piece.chooses or piece.request.finish_reason:
@@ -397,20 +333,21 @@ class Engine:
                             break  # a wrong guess: so are all behind it
                         piece.request.dispatched += 1
                         self.stats.accepted += 1
-                    self._judge(piece.request, row, tokens, finite, allowed, rivals)
+                    self._judge(piece.request, row, chosen)
 
-    def _judge(self, request: Request, row: int, tokens, finite, allowed, rivals) -> None:
+    def _judge(self, request: Request, row: int, chosen: Chosen) -> None:
         """Takes a row's choice, or fails the request that it cannot be taken for."""
-        if not finite[row]:
+        token = int(chosen.token[row])
+        if not chosen.finite[row]:
             self._poisoned(request)
-        elif not allowed[row]:
+        elif not chosen.allowed[row]:
             message = "bad_words and the grammar together allow no token here"
             self._finish(request, "error", error=message)
-        elif tokens[row] >= self.tokenizer.vocab_size:
-            message = f"the model chose id {tokens[row]}, which its tokenizer does not have"
+        elif token >= self.tokenizer.vocab_size:
+            message = f"the model chose id {token}, which its tokenizer does not have"
             self._finish(request, "error", error=message)
         else:
-            self._take(request, int(tokens[row]), _logprob(request, row, tokens, rivals))
+            self._take(request, token, chosen.scored(row, request.params.logprobs))
 
     def _take(self, request: Request, token: int, logprob: IdLogprob | None) -> None:
         """Books one new token of a request and tells its owner."""
@@ -467,57 +404,6 @@ class Engine:
         pool = self.scheduler.pool
         self.stats.held_blocks, self.stats.cached_blocks = pool.held, pool.cached
 
-    def _salt(self, freq: np.ndarray, adapter: Place) -> bytes:
-        """Names what keys and values depend on besides weights and the tokens before them."""
-        digest = hashlib.blake2b(freq.tobytes(), digest_size=16)
-        digest.update(f"{self.config.kv_dtype} {adapter.version}".encode())
-        return digest.digest()
-
-    def _inv_freq(self, length: int) -> np.ndarray:
-        return rope.inv_freq(self.cfg, min(length, self.context)).astype(np.float32)
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        self.check_prompt(prompt)
-        if len(prompt) + params.max_tokens > self.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and max_tokens={params.max_tokens}, together "
-                f"{len(prompt) + params.max_tokens}, but the context holds {self.context}: shorten "
-                "the prompt or ask for fewer tokens."
-            )
-        _check_ids("logit_bias", params.logit_bias or (), self.cfg.vocab_size)
-        _check_ids("stop_token_ids", params.stop_token_ids, self.cfg.vocab_size)
-        request_bans(params, self.tokenizer, len(prompt))
-        if params.logprobs is not None and not 0 <= params.logprobs <= TOP_LOGPROBS:
-            raise UserError(f"logprobs={params.logprobs}: it must lie in 0..{TOP_LOGPROBS}.")
-
-
-def _context(config: EngineConfig, model: Model) -> int:
-    limit = model.cfg.max_context
-    context = config.context or min(limit, 2048)
-    if context > limit and model.cfg.rope.kind == "default":
-        raise UserError(
-            f"context={context} is longer than the model's {limit}: give at most that, or a model "
-            "whose rope is stretched."
-        )
-    # A multiple of the longest piece: a padded piece of a prompt must fit before the end.
-    return context if context < CHUNKS[-1] else context // CHUNKS[-1] * CHUNKS[-1]
-
-
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if wrong is not None:
-        raise UserError(f"{name}: token id {wrong} is outside 0..{vocab_size - 1}.")
-
 
 def _seed(params: SamplingParams) -> int:
     return int.from_bytes(os.urandom(4)) if params.seed is None else params.seed % 2**32
-
-
-def _logprob(request: Request, row: int, tokens: np.ndarray, rivals) -> IdLogprob | None:
-    if request.params.logprobs is None:
-        return None
-    logprob, top_ids, top_logprobs = rivals
-    wanted = request.params.logprobs
-    pairs = zip(top_ids[row, :wanted], top_logprobs[row, :wanted], strict=True)
-    top = tuple((int(i), float(x)) for i, x in pairs)
-    return IdLogprob(int(tokens[row]), float(logprob[row]), top)

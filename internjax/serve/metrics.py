@@ -10,7 +10,6 @@ from dataclasses import asdict
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from internjax.serve.engine import Engine
 from internjax.serve.thread import EngineThread, Timing
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
@@ -47,7 +46,7 @@ class Metrics:
             "internjax_http_requests", "Answered by path and status.", ["path", "status"],
             registry=registry,
         )  # fmt: skip
-        registry.register(_EngineState(worker.engine))
+        registry.register(_EngineState(worker))
         worker.observers.append(self.observe)
 
     def observe(self, timing: Timing) -> None:
@@ -71,11 +70,11 @@ class Metrics:
 class _EngineState:
     """Reads the engine's counters and the state of its line whenever it is asked."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, worker: EngineThread):
+        self.worker = worker
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        engine = self.engine
+        engine = self.worker.engine
         counters = asdict(engine.stats)
         for name, value in counters.items():
             kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
@@ -88,6 +87,7 @@ class _EngineState:
             "in_flight": ("Requests that wait or run.", running + waiting),
             "running": ("Requests that hold a slot.", running),
             "waiting": ("Requests in the queue.", waiting),
+            "round_seconds": ("How long the round that runs lasts.", self.worker.round_seconds),
             "kv_used_share": ("Share of the cache that running requests hold.", share),
         }
         for name, (words, value) in states.items():

@@ -8,6 +8,8 @@ Measured on CPU at 16 x 49152: a sort takes 184 ms, per-token Gumbel noise 26 ms
 Hence thresholds by bisection (12 ms), one uniform number a row and two-level scans (1 ms).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from internjax.models.lm import SamplingParams
-from internjax.serve.bans import ban_row
+from internjax.serve.bans import Ban, ban_row
 from internjax.tree import Leaf
 
 TOP_LOGPROBS = 20
@@ -106,6 +108,33 @@ def scalars(params: SamplingParams, seed: int) -> dict[str, np.generic]:
         "adjusts": np.bool_(adjusts(params)),
         "rivals": np.bool_(params.logprobs),
     }
+
+
+def slot_row(
+    params: SamplingParams,
+    seed: int,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    bans: Sequence[Ban],
+    vocab_size: int,
+) -> dict[str, np.ndarray | np.generic]:
+    """Returns all that a slot is seated with, by field of `Sampling`.
+
+    The tables over the vocabulary come only for a request that adjusts logits.
+
+    Args:
+      output: tokens generated so far, for a request that is seated again.
+    """
+    row = scalars(params, seed) | ban_row(bans, output)
+    if adjusts(params):
+        row["in_prompt"] = np.zeros(vocab_size, bool)
+        row["in_prompt"][list(prompt)] = True
+        row["bias"] = np.zeros(vocab_size, np.float32)
+        for token, value in (params.logit_bias or {}).items():
+            row["bias"][token] = value
+        counts = np.bincount(np.asarray(output, int), minlength=vocab_size)
+        row["counts"] = counts.astype(np.int32)
+    return row
 
 
 def adjusts(params: SamplingParams) -> bool:

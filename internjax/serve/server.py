@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +17,12 @@ from internjax.models.load import Model, load
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.keys import Keys
 from internjax.serve.listening import base_url, listening
-from internjax.serve.replicas.config import RouterConfig
+from internjax.serve.replicas.config import LOST_EXIT, RouterConfig
 from internjax.serve.thread import EngineThread
 
 log = logging.getLogger(__name__)
+
+LOSS_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ServeConfig:
       max_body_bytes: larger requests are refused.
       max_conversations: sessions, and stored responses, that are kept in memory.
       log_text: write prompts and answers into the log.
+      hang_seconds: the engine is given up when a round, compilations included, lasts longer; 0
+        waits for ever. The process then ends (`run_server`), for others to start it anew.
       drain_seconds: how long running requests may finish after a signal to stop.
       warmup: compile every program before the first request.
       draft: name or path of a smaller model, whose guesses the engine checks (`engine.speculate`).
@@ -64,6 +70,7 @@ class ServeConfig:
     max_body_bytes: int = 4 << 20
     max_conversations: int = 1024
     log_text: bool = False
+    hang_seconds: float = 300.0
     drain_seconds: float = 30.0
     warmup: bool = False
     draft: str = ""
@@ -80,6 +87,8 @@ class ServeConfig:
                     f"{name}={getattr(self, name)}: it must lie in 0..65535, 0 lets the system "
                     "choose."
                 )
+        if self.hang_seconds < 0:
+            raise UserError(f"hang_seconds={self.hang_seconds}: give seconds, or 0 for ever.")
         for name in ("requests_per_minute", "tokens_per_minute", "max_request_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: give a number, or 0 for no limit.")
@@ -123,6 +132,8 @@ def run_server(
 ) -> None:
     """Serves until SIGINT or SIGTERM, then lets running requests finish for `drain_seconds`.
 
+    When the engine hangs or its thread has ended the whole process ends with `LOST_EXIT`.
+
     Args:
       on_ready: called with the base URL once connections are accepted.
       on_grpc: called before that with "HOST:PORT" of gRPC, where it is served.
@@ -134,6 +145,7 @@ def run_server(
     own = listening(config.host, config.port)
     with contextlib.nullcontext(given) if given else own as listener:
         server, engine = _build(model, config, first=True, behind_front=given is not None)
+        engine.on_loss = _end_process
         try:
             beside = _grpc_beside(config, model, engine, server)
             stopping = _stopping_on_signals(server, engine, config.drain_seconds)
@@ -225,13 +237,13 @@ def build_app(model: Model, config: ServeConfig, *, first: bool = True):
     for name, folder in config.adapters.items():
         if name == (config.name or model.cfg.name):
             raise UserError(f"adapters.{name}: the model itself is called so; name it otherwise.")
-        engine.load_adapter(name, Path(folder))
+        engine.adapters.load(name, Path(folder))
     if config.warmup or first:
         start = time.monotonic()
         programs = engine.warm_up(least=not config.warmup)
         names = "\n  ".join(["", *programs])
         log.info("%d programs in %.1f s%s", len(programs), time.monotonic() - start, names)
-    worker = EngineThread(engine)
+    worker = EngineThread(engine, config.hang_seconds)
     return make_app(_service(model, config, worker), config.cors_origins), worker
 
 
@@ -287,6 +299,18 @@ def _grpc_beside(config: ServeConfig, model: Model, engine: EngineThread, server
     )
     phase = lambda: server.should_exit + server.force_exit  # noqa: E731
     return serving_grpc(face, config.host, config.grpc_port, config.drain_seconds, phase)
+
+
+def _end_process(reason: str) -> None:
+    """Ends the process after a moment in which answers leave and whoever asks is told the reason.
+
+    At once and without clearing up: a hanging thread holds whatever it holds (JAX would wait for
+    it), and nothing is left to save.
+    """
+    log.error("the process ends in %g s with exit code %d", LOSS_SECONDS, LOST_EXIT)
+    time.sleep(LOSS_SECONDS)
+    sys.stdout.flush()
+    os._exit(LOST_EXIT)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ _SAMPLING = TypeAdapter(SamplingParams)
 
 @dataclass(frozen=True)
 class Served:
-    """The served model.
+    """The served model; the adapters that its engine holds are served beside it by their names.
 
     Fields:
       default_max_tokens: length of an answer when the request names none.
@@ -38,6 +38,10 @@ class Served:
     template: ChatTemplate
     default_max_tokens: int = 512
     max_request_tokens: int = 0
+
+    def names(self) -> list[str]:
+        """Returns the models that clients may name: this one first, then the adapters."""
+        return [self.name, *self.engine.engine.adapters.names()]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def read_request(
     outputs: Sequence[str] = (),
     *,
     stream: bool,
+    adapter: str = "",
 ) -> Asked:
     """Reads a request.
 
@@ -69,6 +74,7 @@ def read_request(
       parameters: fields of `SamplingParams` for all prompts, and `stream`.
       outputs: names of `contract.OUTPUTS`; none asks for all that apply.
       stream: what holds when the request does not say.
+      adapter: whose answers are wanted; "" is the model itself.
 
     Raises:
       UserError: it cannot be obeyed as it stands.
@@ -88,7 +94,7 @@ def read_request(
         if given.get("max_tokens") is None:
             room = model.engine.engine.context - len(ids)
             given["max_tokens"] = max(1, min(model.default_max_tokens, room))
-        jobs.append(Job(ids, read_sampling(given), continues))
+        jobs.append(Job(ids, read_sampling(given), continues, adapter))
     _check_size(model, jobs)
     return Asked(tuple(jobs), stream, _outputs(outputs, jobs))
 

@@ -58,7 +58,7 @@ def serving_grpc(
 
     async def run() -> None:
         server, lights = _build(face)
-        await _light(lights, not face.engine.closing)
+        await _light(lights, face.engine.ready)
         try:
             bound.set_result(await _listen(server, host, port))
         except UserError as error:
@@ -68,14 +68,14 @@ def serving_grpc(
             if not bound.done():  # whoever waits must not wait for ever
                 bound.cancel()
         while phase() == RUN and not left.is_set():
-            await _light(lights, not face.engine.closing)
+            await _light(lights, face.engine.ready)
             await asyncio.sleep(POLL_SECONDS)
         await lights.enter_graceful_shutdown()
         stopping = asyncio.create_task(server.stop(drain_seconds))
         while not stopping.done():
             await asyncio.wait([stopping], timeout=POLL_SECONDS)
             # A stream that is open without a running request would hold the drain to its end.
-            if phase() == STOP or not face.engine.engine.in_flight():
+            if phase() == STOP or not face.engine.in_flight():
                 await server.stop(FLUSH_SECONDS)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="grpc", daemon=True)

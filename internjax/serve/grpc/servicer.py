@@ -6,6 +6,7 @@ statistics, configuration and the repository; the messages are those that `trito
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 
@@ -45,22 +46,23 @@ REFUSALS = tuple(STATUS)
 
 
 class Inference(GRPCInferenceServiceServicer):
-    """The service over one served model."""
+    """The service over one served model and its adapters."""
 
     def __init__(self, model: Served):
-        self.model, self.statistics = model, Statistics()
+        self.model = model
+        self.statistics: defaultdict[str, Statistics] = defaultdict(Statistics)  # by model name
 
     # What is here ------------------------------------------------------------------------------
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context):
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=not self.model.engine.lost)
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context):
-        return pb.ServerReadyResponse(ready=not self.model.engine.closing)
+        return pb.ServerReadyResponse(ready=self.model.engine.ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context):
-        here = request.name == self.model.name and request.version in ("", VERSION)
-        return pb.ModelReadyResponse(ready=here and not self.model.engine.closing)
+        here = request.name in self.model.names() and request.version in ("", VERSION)
+        return pb.ModelReadyResponse(ready=here and self.model.engine.ready)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context):
         extensions = ("parameters", "statistics", "model_configuration")
@@ -71,7 +73,7 @@ class Inference(GRPCInferenceServiceServicer):
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context):
         await self._require(request.name, request.version, context)
         return pb.ModelMetadataResponse(
-            name=self.model.name,
+            name=request.name,
             versions=[VERSION],
             platform="internjax",
             inputs=[_described(tensor) for tensor in INPUTS],
@@ -81,25 +83,29 @@ class Inference(GRPCInferenceServiceServicer):
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context):
         await self._require(request.name, request.version, context)
         engine = {k: str(v) for k, v in asdict(self.model.engine.engine.config).items()}
-        text = config_text(self.model.name, "internjax", engine)
+        text = config_text(request.name, "internjax", engine)
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context):
-        await self._require(request.name or self.model.name, request.version, context)
+        names = [request.name] if request.name else self.model.names()
+        await self._require(names[0], request.version, context)
         steps = self.model.engine.engine.stats.steps
-        message = self.statistics.message(self.model.name, VERSION, steps)
-        return pb.ModelStatisticsResponse(model_stats=[message])
+        messages = [self.statistics[name].message(name, VERSION, steps) for name in names]
+        return pb.ModelStatisticsResponse(model_stats=messages)
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context):
-        closing = self.model.engine.closing
-        if request.ready and closing:
+        engine = self.model.engine
+        if request.ready and not engine.ready:
             return pb.RepositoryIndexResponse()
-        state, reason = ("UNAVAILABLE", "shutting down") if closing else ("READY", "")
-        entry = pb.RepositoryIndexResponse.ModelIndex(
-            name=self.model.name, version=VERSION, state=state, reason=reason
-        )
-        return pb.RepositoryIndexResponse(models=[entry])
+        state = "READY" if engine.ready else "UNAVAILABLE"
+        entries = [
+            pb.RepositoryIndexResponse.ModelIndex(
+                name=name, version=VERSION, state=state, reason=engine.reason
+            )
+            for name in self.model.names()
+        ]
+        return pb.RepositoryIndexResponse(models=entries)
 
     # Answers -----------------------------------------------------------------------------------
 
@@ -156,19 +162,23 @@ class Inference(GRPCInferenceServiceServicer):
             parameters.pop(EMPTY_FINAL, None)
         names = wire.read_output_names(request)
         inputs = wire.read_inputs(request)
-        asked = read_request(self.model, inputs, parameters, names, stream=stream)
+        adapter = "" if request.model_name == self.model.name else request.model_name
+        options = {"stream": stream, "adapter": adapter}
+        asked = read_request(self.model, inputs, parameters, names, **options)
         if asked.stream and not stream:
             raise UserError("stream=true: ModelInfer answers once; call ModelStreamInfer.")
-        replies = answer(self.model.engine, asked, self.statistics.count)
+        count = self.statistics[request.model_name].count
+        replies = answer(self.model.engine, asked, count)
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 yield reply
 
     def _check(self, name: str, version: str) -> None:
-        if name != self.model.name or version not in ("", VERSION):
+        names = self.model.names()
+        if name not in names or version not in ("", VERSION):
             raise NotServed(
                 f"the model {name!r}{f' version {version!r}' if version else ''} is not served "
-                f"here; the one that is: {self.model.name!r}, version {VERSION!r}."
+                f"here; served: {', '.join(names)}, version {VERSION!r}."
             )
 
     async def _require(self, name: str, version: str, context: Context) -> None:
@@ -182,7 +192,7 @@ class Inference(GRPCInferenceServiceServicer):
     async def _unserved(self, request, context: Context):
         await context.abort(
             grpc.StatusCode.UNIMPLEMENTED,
-            "this server keeps the model it was started with, and tensors travel in messages.",
+            "this is not served: models are not loaded over gRPC, tensors travel in messages.",
         )
 
     RepositoryModelLoad = RepositoryModelUnload = _unserved

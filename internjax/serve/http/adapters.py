@@ -39,8 +39,8 @@ def add_adapters(app: FastAPI, service: Service) -> None:
         folder = _inside(service.adapters_dir, body.lora_path)
         async with turn:
             service.models.check_new(body.lora_name)
-            engine = service.engine.engine
-            await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
+            adapters = service.engine.engine.adapters
+            await asyncio.to_thread(adapters.load, body.lora_name, folder)
             service.models.add(body.lora_name, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -49,7 +49,7 @@ def add_adapters(app: FastAPI, service: Service) -> None:
         _allowed(service.adapters_dir)
         async with turn:
             served = service.models.remove(body.lora_name)
-            service.engine.engine.unload_adapter(served.adapter)
+            service.engine.engine.adapters.unload(served.adapter)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -93,7 +93,8 @@ async def _echo(service: Service, served: Served, body: CompletionBody, ids: lis
     if body.logprobs is None:
         return _Echo(text, tuple(ids))
     engine = service.engine.engine
-    work = (prompt_logprobs, engine.params_of(served.adapter), engine.cfg, ids, body.logprobs)
+    params = engine.adapters.params_of(served.adapter)
+    work = (prompt_logprobs, params, engine.cfg, ids, body.logprobs)
     return _Echo(text, tuple(ids), tuple(await beside(service, *work)))
 
 

@@ -29,7 +29,7 @@ async def embeddings(service: Service, body: EmbeddingBody, http: Request) -> Re
     texts = await asyncio.to_thread(_encode, service, body)
     tokens = sum(map(len, texts))
     reserve(service, call, tokens)
-    params = engine.params_of(served.adapter)
+    params = engine.adapters.params_of(served.adapter)
     vectors = await beside(service, embed, params, engine.cfg, texts)
     call.prompt_tokens = tokens
     written = _base64 if body.encoding_format == "base64" else np.ndarray.tolist

@@ -48,8 +48,9 @@ class Guard:
         call.key = self._owner(headers, path)
         client = scope.get("client") or ("?",)
         call.caller = call.key or f"address {client[0]}"
-        if self.service.engine.closing and path not in WHILE_CLOSING:
-            raise ApiError(503, "the server is shutting down.", code="closing")
+        engine = self.service.engine
+        if not engine.ready and path not in WHILE_CLOSING:
+            raise ApiError(503, f"{engine.reason}.", code=engine.status)
         if path not in OPEN_PATHS:
             self.service.limits.take(call.caller, "requests")
         declared = headers.get(b"content-length", b"0")

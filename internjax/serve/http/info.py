@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from internjax.data.chat import encode_prompt
 from internjax.errors import UserError
+from internjax.serve.http.errors import RETRY_SECONDS
 from internjax.serve.http.service import Service
 from internjax.serve.schema import DetokenizeBody, EncodeBody, TokenizeBody
 
@@ -19,8 +20,10 @@ def add_info(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         engine = service.engine
-        status = "closing" if engine.closing else "ok" if engine.alive else "dead"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        if engine.ready:
+            return JSONResponse({"status": "ok"})
+        said = {"status": engine.status, "reason": engine.reason}
+        return JSONResponse(said, 503, {"Retry-After": str(RETRY_SECONDS)})
 
     @app.get("/metrics")
     async def metrics() -> Response:

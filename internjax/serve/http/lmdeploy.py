@@ -156,7 +156,7 @@ async def _pieces(
 
 def _accept_cancelled(service: Service, answer: Answer, error: AnswerFailed) -> None:
     """An answer that its client has cancelled is an answer; one that failed is not."""
-    if service.engine.closing or not isinstance(error, AnswerCancelled):
+    if service.engine.status == "closing" or not isinstance(error, AnswerCancelled):
         raise failure(error) from error
     answer.finish_reason = "abort"
 

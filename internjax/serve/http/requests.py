@@ -49,7 +49,7 @@ async def submit(service: Service, call: Call, jobs: list[Job], prompt_tokens: i
     except QueueFull as error:
         raise ApiError(429, f"{error} Try again in a moment.", code="queue_full") from error
     except EngineClosed as error:
-        raise ApiError(503, "the server is shutting down.", code="closing") from error
+        raise ApiError(503, str(error), code=error.status) from error
     call.prompt_tokens = prompt_tokens
     if service.log_text and jobs:
         call.prompt = service.tokenizer.decode(jobs[0].prompt)

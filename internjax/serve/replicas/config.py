@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from internjax.errors import UserError
 
+LOST_EXIT = 70
+"""Exit code of a process whose engine hung or died: EX_SOFTWARE of sysexits.h."""
+
 
 @dataclass(frozen=True)
 class RouterConfig:

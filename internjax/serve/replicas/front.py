@@ -139,6 +139,7 @@ def _own_metrics(replicas: Sequence[Replica]) -> str:
         ("requests_total", "counter", "Requests sent to it.", lambda r: r.requests),
         ("failed_total", "counter", "Requests that died with it.", lambda r: r.failed),
         ("restarts_total", "counter", "Times it was started again.", lambda r: r.restarts),
+        ("losses_total", "counter", "Times its engine hung or died.", lambda r: r.losses),
     ]
     return "".join(
         written(f"internjax_replica_{name}", kind, meaning, [(r.index, of(r)) for r in replicas])

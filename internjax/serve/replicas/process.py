@@ -13,10 +13,12 @@ import httpx2
 
 from internjax.errors import UserError
 from internjax.serve.listening import listening
+from internjax.serve.replicas.config import LOST_EXIT
 
 log = logging.getLogger(__name__)
 
-STARTING, READY, DOWN = "starting", "ready", "down"
+STARTING, READY, DOWN, LOST = "starting", "ready", "down", "lost"
+GIVEN_UP = ("hung", "dead")  # what /health says of an engine that needs a new process
 USER_ERROR = 2  # exit code of a command whose user must change something
 STEADY_SECONDS = 60.0  # who lived so long did not die of its start
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a restart
@@ -32,9 +34,9 @@ class Replica:
 
     Fields:
       port: where its HTTP server listens on the loopback address, another one after a restart;
-        state: starting, ready or down.
+        state: starting, ready or down; for a moment lost: its engine hangs or has died.
       in_flight, requests, failed: requests it has now, ever got, and lost without its answer.
-      restarts: how often its process had to be replaced.
+      restarts: how often its process had to be replaced; losses: for the sake of its engine.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Replica:
     requests: int = 0
     failed: int = 0
     restarts: int = 0
+    losses: int = 0
     process: asyncio.subprocess.Process | None = None
     client: httpx2.AsyncClient = field(init=False)
 
@@ -108,11 +111,12 @@ async def keep(replica: Replica, start: Start, greet: Greet, health_seconds: flo
         finally:
             watching.cancel()
             ending.cancel()
-        once_ready |= replica.ready
-        replica.state = DOWN
+        once_ready |= replica.state != STARTING
+        told, replica.state = replica.state, DOWN
         if process.returncode is None:
             process.kill()
         code = await process.wait()
+        replica.losses += told == LOST or code == LOST_EXIT
         if code == USER_ERROR and not once_ready:
             raise UserError(
                 f"replica {replica.index} could not start: its own message stands above."
@@ -142,27 +146,36 @@ async def stop(replica: Replica, drain_seconds: float) -> None:
 
 
 async def _watch(replica: Replica, greet: Greet, health_seconds: float) -> None:
-    """Keeps `state` true; returns when a replica that was ready has been silent for too long."""
+    """Keeps `state` true; returns when a replica that was ready must be replaced.
+
+    That is: it has been silent for too long, or says itself that its engine is lost.
+    """
     born = time.monotonic()
     answered = None
     while True:
-        if await _healthy(replica):
+        said = await _health(replica)
+        if said.get("status") == "ok":
             if answered is None:
                 await greet(replica)
                 log.info("replica %d is ready (%.1f s)", replica.index, time.monotonic() - born)
             answered, replica.state = time.monotonic(), READY
+        elif said.get("status") in GIVEN_UP:
+            log.error("replica %d is killed: %s", replica.index, said.get("reason"))
+            replica.state = LOST
+            return
         elif answered is not None and time.monotonic() - answered > health_seconds:
             log.error("replica %d is silent for %.0f s: killed", replica.index, health_seconds)
             return
         await asyncio.sleep(0.1 if answered is None else 1.0)
 
 
-async def _healthy(replica: Replica) -> bool:
+async def _health(replica: Replica) -> dict[str, str]:
+    """Returns what /health says; nothing if nobody answers."""
     try:
         answer = await replica.client.get(f"{replica.url}/health", timeout=_PROBE_SECONDS)
-    except httpx2.TransportError:
-        return False
-    return answer.status_code == 200
+        return answer.json()
+    except (httpx2.TransportError, ValueError):
+        return {}
 
 
 def _ending(code: int) -> str:
