@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
