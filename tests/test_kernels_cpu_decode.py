@@ -13,10 +13,13 @@ from internjax.models.cache import init_cache
 from internjax.models.decoder import decode, forward, unembed
 from internjax.models.gguf import load_gguf
 from internjax.models.gguf_blocks import BLOCKS, INTEGERS, decode as expand, integers
-from internjax.serve.engine import EngineConfig, prepare_params
+from internjax.models.lm import SamplingParams
+from internjax.serve.engine import Engine, EngineConfig, prepare_params
+from internjax.serve.prepare import rows_stand_alone
 from internjax.tree import flatten, unstack_layers
 from internjax.weights import (
     LoraWeight,
+    PackedFloats,
     PackedWeight,
     QuantWeight,
     einsum,
@@ -29,6 +32,7 @@ from internjax.weights import (
 )
 from tests.fakes import tiny_model
 from tests.reference.tiny_gguf import write_tiny_gguf
+from tests.test_serve_engine import logprobs_of, make_model, run
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="no C++ compiler at install")
 
@@ -175,7 +179,7 @@ def test_what_the_kernels_do_not_serve_is_expanded(rounded, monkeypatch):
         {**params, "layers": params["layers"] | {"w_up": odd}}, EngineConfig(), "float32"
     )
     first = tree["layers"][0]
-    assert isinstance(first["w_up"], jax.Array) and isinstance(first["w_gate"], PackedWeight)
+    assert isinstance(first["w_up"], PackedFloats) and isinstance(first["w_gate"], PackedWeight)
     monkeypatch.setattr(library, "library", lambda: None)
     tree = prepare_params(params, EngineConfig(), "float32")
     assert not any(isinstance(x, (PackedWeight, QuantWeight)) for x in tree["layers"][0].values())
@@ -184,3 +188,53 @@ def test_what_the_kernels_do_not_serve_is_expanded(rounded, monkeypatch):
     with pytest.raises(ValueError, match="legal are int8, bf16, f32"):
         EngineConfig(activations="int4")
     assert unstack_layers(params)["layers"][2]["wq"].values.ndim == 2
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def quantized(request):
+    """What `quantize` makes by default, wide enough for norms whose sums have one order."""
+    model = make_model(64, d_model=512, head_dim=16, num_layers=1, vocab_size=300)
+    params = quantize(model.params, QuantConfig(group=32, rank=8, targets=("wq", "wo", "w_down")))
+    edges = {"embed": params["embed"].astype(request.param)}
+    return replace(model, params={**params, **edges})
+
+
+def test_floats_beside_packed_weights_are_packed(quantized):
+    """The embedding, the projections that were left out and both factors of residuals."""
+    params = quantized.params
+    tree = prepare_params(params, EngineConfig(), "float32")
+    assert rows_stand_alone(tree)
+    layer, table = tree["layers"][0], params["embed"]
+    assert {n for n, w in layer.items() if isinstance(w, LoraWeight)} == {"wq", "wo", "w_down"}
+    assert {n for n, w in layer.items() if isinstance(w, PackedFloats)} == {
+        *("wk", "wv", "w_gate", "w_up")
+    }
+    assert layer["wo"].a.strips.dtype == layer["wo"].b.strips.dtype == jnp.float16
+    assert tree["embed"].strips.dtype == table.dtype
+    ids = jnp.asarray([[5, 0, 299]])
+    np.testing.assert_array_equal(take(tree["embed"], ids, table.dtype), table[ids])
+    np.testing.assert_array_equal(plain(tree["embed"], table.dtype), table.T)
+    for name in ("wk", "wo"):
+        want = plain(jax.tree.map(lambda x: x[0], params["layers"][name]), jnp.float32)
+        got = plain(layer[name], jnp.float32)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
+        assert num_weights(layer[name]) == num_weights(params["layers"][name])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
+    want = forward(params, tokens, quantized.cfg)[:, -1]
+    exact = logits(params, quantized.cfg, tokens, EngineConfig(activations="f32"))
+    np.testing.assert_allclose(exact, want, rtol=0, atol=2e-3 * np.abs(want).max())
+    plain_tree = prepare_params(make_model().params, EngineConfig(), "float32")
+    assert not any(isinstance(x, PackedFloats) for x in plain_tree["layers"][0].values())
+
+
+def test_a_quantized_model_answers_alike_in_steps_of_any_size(quantized):
+    """A request alone runs steps of one row, beside 15 others steps of 16 rows: the same bits."""
+    engine = Engine(quantized, EngineConfig(slots=16, context=64, block=16))
+    assert engine.programs.sizes == (1, 4, 16)
+    params = SamplingParams(max_tokens=6, logprobs=2, ignore_eos=True)
+    job = [5, 6, 7, 250, 3], params
+    others = [([i, 9, 2 * i], params) for i in range(15)]
+    (alone,) = run(engine, [job])[1]
+    (beside, *_) = run(engine, [job, *others])[1]
+    assert logprobs_of(beside) == logprobs_of(alone)
+    assert engine.stats.max_in_flight == 16

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.adapt.quantize import QuantConfig, quantize, quantize_array
+from internjax.adapt.quantize import QuantConfig, quantize
 from internjax.errors import UserError
 from internjax.kernels.cpu import library
 from internjax.models.lm import SamplingParams
 from internjax.serve.budget import block_bytes, count_blocks
 from internjax.serve.engine import Engine, EngineConfig
-from internjax.weights import PackedWeight, pack
 from tests.test_serve_engine import logprobs_of, make_model, run
 
 CONFIG = EngineConfig(slots=4, context=128, block=16, prefill_tokens=64)
@@ -22,13 +21,11 @@ KERNELS = pytest.mark.skipif(library.library() is None, reason="no C++ compiler 
 
 @pytest.fixture(scope="module", params=["xla", pytest.param("kernels", marks=KERNELS)])
 def model(request):
-    """Plain weights, for which a step has one size; and packed ones, for which it has several."""
+    """Plain weights, for which a step has one size; and such as `quantize` makes, with several."""
     if request.param == "xla":
         return make_model(128)
     model = make_model(128, d_model=512, head_dim=16, tie_embeddings=True)
-    params = quantize(model.params, QuantConfig(group=32, rank=0))
-    params["embed"] = pack(quantize_array(params["embed"].T, 1, 32))
-    return replace(model, params=params)
+    return replace(model, params=quantize(model.params, QuantConfig(group=32, rank=4)))
 
 
 def invariant(model, **changes) -> Engine:
@@ -95,7 +92,7 @@ def test_eight_bits_are_read_back_from_the_cache_by_all(model):
 def test_the_size_of_a_step_follows_the_requests(model):
     engine = Engine(model, CONFIG)
     sizes = engine.programs.sizes
-    assert sizes == ((1, 4) if isinstance(model.params["embed"], PackedWeight) else (4,))
+    assert sizes == ((1, 4) if model.cfg.d_model >= 512 else (4,))
     names = engine.warm_up()
     assert sum(name.startswith("step") for name in names) == len(sizes) * len(
         engine.programs.attends

@@ -8,9 +8,20 @@ import numpy as np
 
 from internjax.kernels.cpu.library import available
 from internjax.kernels.platform import not_for_hopper, target
+from internjax.models.peft import NUM_IN
 from internjax.serve.config import EngineConfig
 from internjax.tree import Params, unstack_layers
-from internjax.weights import PackedWeight, QuantWeight, packed, plain, turned
+from internjax.weights import (
+    PACKED,
+    QuantWeight,
+    fits_kernels,
+    pack_embedding,
+    pack_floats,
+    packed,
+    plain,
+    stands_alone,
+    turned,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +43,13 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
         if special:
             log.info("expanding %d packed or adapted weights to %s", len(special), dtype)
         expand = lambda x: plain(x, jnp.dtype(dtype)) if _is_weight(x) else x  # noqa: E731
-        lies_as_head = isinstance(params["embed"], PackedWeight)  # see `weights.take`
+        lies_as_head = isinstance(params["embed"], PACKED)  # see `weights.take`
         params = jax.tree.map(expand, params, is_leaf=_is_weight)
         if lies_as_head:
             params = {**params, "embed": params["embed"].T}
     elif how == "pack":
         fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
-        params = jax.tree.map(fit, params, is_leaf=_is_weight)
+        params = _floats_beside(jax.tree.map(fit, params, is_leaf=_is_weight))
     elif how == "turn":
         integers = lambda x: isinstance(x, QuantWeight)  # noqa: E731
         turn = jax.jit(turned)  # in passing: the nibbles by themselves are four times as much
@@ -51,6 +62,28 @@ def _is_weight(x) -> bool:
     return not isinstance(x, (dict, tuple, jax.Array, np.ndarray))
 
 
+def _floats_beside(params: Params) -> Params:
+    """Packs the arrays that are multiplied beside packed weights, so that all rows stand alone.
+
+    A tree without packed weights is left as it is, and so are experts, which have no such kernel.
+    """
+    stacked = isinstance(params["layers"], dict)
+    layers = (params["layers"],) if stacked else params["layers"]
+    some = any(stands_alone(x) for layer in layers for x in layer.values())
+    if not some or "router" in layers[0]:
+        return params
+    own = lambda name, x: _floats(name, x, int(stacked))  # noqa: E731
+    layers = tuple({name: own(name, x) for name, x in layer.items()} for layer in layers)
+    edges = {name: _floats(name, params[name], 0) for name in ("embed", "head") if name in params}
+    return {**params, **edges, "layers": layers[0] if stacked else layers}
+
+
+def _floats(name: str, w, lead: int):
+    if not fits_kernels(w) or name not in {*NUM_IN, "embed", "head"}:
+        return w
+    return pack_embedding(w) if name == "embed" else pack_floats(w, NUM_IN.get(name, 1), lead=lead)
+
+
 def rows_stand_alone(params: Params) -> bool:
     """Whether no bit of a row depends on the number of rows.
 
@@ -60,8 +93,7 @@ def rows_stand_alone(params: Params) -> bool:
     """
     products = [v for layer in params["layers"] for k, v in layer.items() if _multiplies(k)]
     products += [params[name] for name in ("embed", "head") if name in params]
-    packed_all = all(isinstance(x, PackedWeight) for x in products)
-    return packed_all and params["final_norm"].shape[-1] >= 512
+    return all(stands_alone(x) for x in products) and params["final_norm"].shape[-1] >= 512
 
 
 def _multiplies(name: str) -> bool:

@@ -5,10 +5,12 @@ adapter or is quantized is decided in `products` and nowhere else, so the model 
 either.
 """
 
-from internjax.weights.forms import dequantize, lora_delta, num_weights, packed, plain
+from internjax.weights.forms import dequantize, lora_delta, num_weights, packed, plain, stands_alone
 from internjax.weights.kinds import (
+    PACKED,
     Fp8Weight,
     LoraWeight,
+    PackedFloats,
     PackedWeight,
     QuantWeight,
     ScaledWeight,
@@ -17,7 +19,7 @@ from internjax.weights.kinds import (
     WatchedWeight,
     Weight,
 )
-from internjax.weights.packing import pack
+from internjax.weights.packing import fits_kernels, pack, pack_embedding, pack_floats
 from internjax.weights.products import (
     GATHERED,
     einsum,
@@ -31,8 +33,10 @@ from internjax.weights.turning import as_matrix, turned
 
 __all__ = [
     "GATHERED",
+    "PACKED",
     "Fp8Weight",
     "LoraWeight",
+    "PackedFloats",
     "PackedWeight",
     "QuantWeight",
     "ScaledWeight",
@@ -44,12 +48,16 @@ __all__ = [
     "dequantize",
     "einsum",
     "einsums",
+    "fits_kernels",
     "gather",
     "lora_delta",
     "num_weights",
     "pack",
+    "pack_embedding",
+    "pack_floats",
     "packed",
     "plain",
+    "stands_alone",
     "take",
     "transposed",
     "turned",

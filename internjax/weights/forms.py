@@ -7,8 +7,10 @@ from jax import Array
 
 from internjax.kernels.cpu import tiles as cpu_tiles
 from internjax.weights.kinds import (
+    PACKED,
     Fp8Weight,
     LoraWeight,
+    PackedFloats,
     PackedWeight,
     QuantWeight,
     ScaledWeight,
@@ -17,7 +19,14 @@ from internjax.weights.kinds import (
     WatchedWeight,
     Weight,
 )
-from internjax.weights.packing import pack, pack_scaled, unpacked
+from internjax.weights.packing import (
+    fits_kernels,
+    pack,
+    pack_floats,
+    pack_scaled,
+    unpacked,
+    unpacked_floats,
+)
 from internjax.weights.turning import unturned
 
 
@@ -51,6 +60,8 @@ def plain(w: Weight, dtype) -> Array:
         return unturned(w, dtype)
     if isinstance(w, PackedWeight):
         return unpacked(w, dtype)
+    if isinstance(w, PackedFloats):
+        return unpacked_floats(w, dtype)
     if isinstance(w, LoraWeight):
         return plain(w.base, dtype) + lora_delta(w, dtype)
     return (w.base if isinstance(w, Fp8Weight) else w).astype(dtype)
@@ -58,10 +69,11 @@ def plain(w: Weight, dtype) -> Array:
 
 def lora_delta(w: LoraWeight, dtype) -> Array:
     """Returns scale * a b, shaped as the base weight."""
-    lead = w.a.ndim - 1 - _num_in(w)
-    a = w.a.astype(dtype).reshape(*w.a.shape[:lead], -1, w.a.shape[-1])
-    b = w.b.astype(dtype).reshape(*w.b.shape[: lead + 1], -1)
-    shape = (*w.a.shape[:-1], *w.b.shape[lead + 1 :])
+    a, b = plain(w.a, dtype), plain(w.b, dtype)
+    lead = a.ndim - 1 - _num_in(w)
+    shape = (*a.shape[:-1], *b.shape[lead + 1 :])
+    a = a.reshape(*a.shape[:lead], -1, a.shape[-1])
+    b = b.reshape(*b.shape[: lead + 1], -1)
     return (a @ b).reshape(shape) * jnp.asarray(w.scale, dtype)
 
 
@@ -69,7 +81,7 @@ def _num_in(w: LoraWeight) -> int:
     """Returns how many dims are contracted: total dims of base are lead + in + out."""
     if isinstance(w.base, LoraWeight):
         return _num_in(w.base)
-    if isinstance(w.base, (QuantWeight, ScaledWeight, TurnedWeight, PackedWeight)):
+    if isinstance(w.base, (QuantWeight, ScaledWeight, TurnedWeight, *PACKED)):
         return len(w.base.in_shape)
     # a has lead + in + 1 dims, b lead + 1 + out, base lead + in + out.
     lead = w.a.ndim + w.b.ndim - 2 - w.base.ndim
@@ -77,7 +89,9 @@ def _num_in(w: LoraWeight) -> int:
 
 
 def packed(w: Weight, activations: str, dtype) -> Weight:
-    """Returns a weight as decoding on a CPU wants it: integers packed, adapters in `dtype`.
+    """Returns a weight as decoding on a CPU wants it: integers packed, and adapters beside them.
+
+    Adapters that the kernels cannot take become arrays of `dtype`.
 
     Integers in groups that the kernels do not serve, and 8-bit floats, are expanded, as plain
     arrays.
@@ -93,8 +107,19 @@ def packed(w: Weight, activations: str, dtype) -> Weight:
         return pack_scaled(w, activations) if fits else plain(w, dtype)
     if isinstance(w, LoraWeight):
         base = packed(w.base, activations, dtype)
+        if stands_alone(base) and fits_kernels(w.a) and fits_kernels(w.b):
+            lead = w.a.ndim - 1 - _num_in(w)
+            a, b = pack_floats(w.a, _num_in(w), lead=lead), pack_floats(w.b, 1, lead=lead)
+            return w.replace(base=base, a=a, b=b)
         return w.replace(base=base, a=w.a.astype(dtype), b=w.b.astype(dtype))
     return w
+
+
+def stands_alone(w: Weight) -> bool:
+    """Whether no bit of a row's product with `w` depends on the rows beside it."""
+    if isinstance(w, LoraWeight):
+        return all(stands_alone(x) for x in (w.base, w.a, w.b))
+    return isinstance(w, PACKED)
 
 
 def num_weights(w: Weight) -> int:
@@ -105,7 +130,8 @@ def num_weights(w: Weight) -> int:
         return 2 * math.prod(w.values.shape)
     if isinstance(w, (TurnedWeight, ScaledWeight)):
         return math.prod(w.values.shape)
-    if isinstance(w, PackedWeight):
-        layers = w.tiles.shape[0] if w.tiles.ndim == 4 and w.layer is None else 1
+    if isinstance(w, PACKED):
+        stack = w.tiles if isinstance(w, PackedWeight) else w.strips
+        layers = stack.shape[0] if stack.ndim == 4 and w.layer is None else 1
         return layers * math.prod(w.in_shape) * math.prod(w.out_shape)
     return math.prod(w.shape)

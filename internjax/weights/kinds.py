@@ -137,6 +137,31 @@ class PackedWeight:
         return self.replace(layer=layer)
 
 
+@struct.dataclass
+class PackedFloats:
+    """Floats in the layout of the CPU kernels, the numbers of the array; activations stay as given.
+
+    Fields:
+      strips: float32, bfloat16 or float16 `[L, columns / 16, I, 16]` of all layers, or of one
+        without the first dim; see `kernels/cpu/tiles.py`.
+      in_shape, out_shape: natural shapes of the inputs and of the outputs.
+      layer: the one layer of the stack that this weight is; None where there is no stack.
+    """
+
+    strips: Leaf
+    in_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    layer: int | None = struct.field(pytree_node=False, default=None)
+
+    def at_layer(self, layer: int) -> "PackedFloats":
+        """Returns one layer: the whole stack and an index, so that nothing is copied."""
+        return self.replace(layer=layer)
+
+
+PACKED = (PackedWeight, PackedFloats)
+"""What the CPU kernels multiply with: no bit of a row's product depends on the other rows."""
+
+
 type Weight = (
     Array
     | LoraWeight
@@ -145,6 +170,7 @@ type Weight = (
     | ScaledWeight
     | TurnedWeight
     | PackedWeight
+    | PackedFloats
     | Fp8Weight
     | WatchedWeight
 )

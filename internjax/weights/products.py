@@ -16,8 +16,10 @@ from internjax.kernels.fp8 import fp8_matmul
 from internjax.tree import wide
 from internjax.weights.forms import plain
 from internjax.weights.kinds import (
+    PACKED,
     Fp8Weight,
     LoraWeight,
+    PackedFloats,
     PackedWeight,
     QuantWeight,
     ScaledWeight,
@@ -26,7 +28,7 @@ from internjax.weights.kinds import (
     WatchedWeight,
     Weight,
 )
-from internjax.weights.packing import alike, packed_einsums
+from internjax.weights.packing import alike, packed_einsums, packed_float_einsums
 from internjax.weights.spec import rows_of, split_spec
 from internjax.weights.turning import on_tensor_cores, turned_einsum
 
@@ -43,8 +45,8 @@ def einsum(spec: str, x: Array, w: Weight, *, widened: bool = False) -> Array:
     """
     if isinstance(w, (LoraWeight, StackedLora)):
         return _corrected(spec, x, w, einsum(spec, x, w.base, widened=widened))
-    if isinstance(w, PackedWeight):
-        (out,) = packed_einsums((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
+    if isinstance(w, PACKED):
+        (out,) = _packed((spec,), x, (w,), wide(x.dtype) if widened else x.dtype)
         return out
     if isinstance(w, WatchedWeight):
         w.see(x)
@@ -71,13 +73,22 @@ def einsums(specs: Sequence[str], x: Array, ws: Sequence[Weight]) -> tuple[Array
     corrected = (LoraWeight, StackedLora)
     if any(isinstance(w, corrected) for w in ws):
         bases = einsums(specs, x, [w.base if isinstance(w, corrected) else w for w in ws])
+        if all(_by_kernels(w) for w in ws) and len({alike(w.a) for w in ws}) == 1:
+            return _adapted_by_kernels(specs, x, ws, bases)
         return tuple(
             _corrected(spec, x, w, base) if isinstance(w, corrected) else base
             for spec, w, base in zip(specs, ws, bases, strict=True)
         )
-    if all(isinstance(w, PackedWeight) for w in ws) and len({alike(w) for w in ws}) == 1:
-        return packed_einsums(specs, x, ws, x.dtype)
+    for kind in PACKED:
+        if all(isinstance(w, kind) for w in ws) and len({alike(w) for w in ws}) == 1:
+            return _packed(specs, x, ws, x.dtype)
     return tuple(einsum(spec, x, w) for spec, w in zip(specs, ws, strict=True))
+
+
+def _packed(specs: Sequence[str], x: Array, ws: Sequence[Weight], dtype) -> tuple[Array, ...]:
+    if isinstance(ws[0], PackedFloats):
+        return packed_float_einsums(specs, (x,), ws, dtype)
+    return packed_einsums(specs, x, ws, dtype)
 
 
 def _scaled_einsum(spec: str, x: Array, w: ScaledWeight, dtype) -> Array:
@@ -126,13 +137,38 @@ def _chosen_delta(spec: str, x: Array, w: StackedLora) -> Array:
 
 def _adapted(spec: str, x: Array, w: LoraWeight, base: Array) -> Array:
     """Adds the low-rank correction to the product with the base weight."""
+    if _by_kernels(w):
+        (out,) = _adapted_by_kernels((spec,), x, (w,), (base,))
+        return out
+    down, up = _low_rank_specs(spec)
+    delta = jnp.einsum(up, jnp.einsum(down, x, w.a.astype(x.dtype)), w.b.astype(x.dtype))
+    return base + (delta * jnp.asarray(w.scale, x.dtype)).astype(base.dtype)
+
+
+def _by_kernels(w: Weight) -> bool:
+    return isinstance(w, LoraWeight) and isinstance(w.a, PackedFloats)
+
+
+def _adapted_by_kernels(
+    specs: Sequence[str], x: Array, ws: Sequence[LoraWeight], bases: Sequence[Array]
+) -> tuple[Array, ...]:
+    """Adds the corrections of weights side by side by two calls; float32 between the factors."""
+    downs, ups = zip(*(_low_rank_specs(spec) for spec in specs), strict=True)
+    lows = packed_float_einsums(downs, (x,), [w.a for w in ws], jnp.float32)
+    deltas = packed_float_einsums(ups, lows, [w.b for w in ws], jnp.float32)
+    return tuple(
+        base + (delta * jnp.float32(w.scale)).astype(base.dtype)
+        for base, delta, w in zip(bases, deltas, ws, strict=True)
+    )
+
+
+def _low_rank_specs(spec: str) -> tuple[str, str]:
+    """Returns the specs of the products with the two factors of a correction."""
     lhs, rhs, result = split_spec(spec)
     inner = "".join(c for c in rhs if c not in result)
     outer = "".join(c for c in rhs if c in result)
     kept = "".join(c for c in lhs if c not in inner)
-    low = jnp.einsum(f"{lhs},{inner}R->{kept}R", x, w.a.astype(x.dtype))
-    delta = jnp.einsum(f"{kept}R,R{outer}->{result}", low, w.b.astype(x.dtype))
-    return base + (delta * jnp.asarray(w.scale, x.dtype)).astype(base.dtype)
+    return f"{lhs},{inner}R->{kept}R", f"{kept}R,R{outer}->{result}"
 
 
 @jax.custom_vjp
@@ -188,9 +224,11 @@ def take(w: Weight, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
     """Looks up rows of an embedding `[V, D]`; a packed one lies as its head, D inputs to V."""
     if isinstance(w, PackedWeight):
         return cpu_tiles.columns_of(w.tiles, ids, w.bits, jnp.float32).astype(dtype)
+    if isinstance(w, PackedFloats):
+        return cpu_tiles.columns_of_strips(w.strips, ids).astype(dtype)
     return w[ids].astype(dtype)
 
 
 def transposed(w: Weight) -> Weight:
     """Returns an embedding as the head it is where the two are tied."""
-    return w if isinstance(w, PackedWeight) else w.T
+    return w if isinstance(w, PACKED) else w.T

@@ -27,6 +27,24 @@ std::unique_ptr<T[]> scratch(int64_t n) {
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument(what); }
 
+// Shares the column blocks of several products out to the threads, parts by multiples of `unit`:
+// calls compute(product, first, last). starts: of each product among the blocks of all, and the end.
+template <typename Compute>
+void share(bool small, const std::vector<int64_t>& starts, int64_t unit, const Compute& compute) {
+  Pool& threads = pool();
+  const int64_t all = starts.back(), units = (all + unit - 1) / unit;
+  // More parts than threads: one that is held up by another program holds up little.
+  const int64_t parts = small ? 1 : std::min<int64_t>(units, 4 * threads.size());
+  threads.run(parts, [&](int64_t i) {
+    const int64_t first = units * i / parts * unit;
+    const int64_t last = std::min(all, units * (i + 1) / parts * unit);
+    for (size_t j = 0; j + 1 < starts.size(); ++j) {
+      const int64_t from = std::max(first, starts[j]), to = std::min(last, starts[j + 1]);
+      if (from < to) compute(j, from - starts[j], to - starts[j]);
+    }
+  });
+}
+
 // Products of weights that share their activations, see `quant_matmuls` in matmul.py.
 ffi::Error run_matmuls(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layer,
                        ffi::RemainingArgs weights, ffi::RemainingRets outs, int64_t bits,
@@ -62,14 +80,54 @@ ffi::Error run_matmuls(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layer,
   const bool small = groups * all * tile_bytes(static_cast<int>(bits), group) * rows < kSmall;
   const int64_t some = rows < 8 ? 1 : std::min<int64_t>(rows, threads.size());
   threads.run(some, [&](int64_t i) { path->quantize(a, rows * i / some, rows * (i + 1) / some); });
-  // More parts than threads: one that is held up by another program holds up little.
-  const int64_t parts = small ? 1 : std::min<int64_t>(all, 4 * threads.size());
-  threads.run(parts, [&](int64_t i) {
-    const int64_t first = all * i / parts, last = all * (i + 1) / parts;
-    for (size_t j = 0; j < products.size(); ++j) {
-      const int64_t from = std::max(first, starts[j]), to = std::min(last, starts[j + 1]);
-      if (from < to) path->matmul(products[j], from - starts[j], to - starts[j]);
-    }
+  share(small, starts, 1, [&](size_t i, int64_t first, int64_t last) {
+    path->matmul(products[i], first, last);
+  });
+  return ffi::Error::Success();
+}
+
+// 32- and 16-bit floats; false for any other type.
+bool float_type(ffi::DataType type, FloatType* to) {
+  *to = type == ffi::BF16  ? FloatType::kBfloat16
+        : type == ffi::F16 ? FloatType::kFloat16
+                           : FloatType::kFloat32;
+  return type == ffi::BF16 || type == ffi::F16 || type == ffi::F32;
+}
+
+// Products of pairs of activations and float weights, see `float_matmuls` in float_matmul.py: as
+// many activations as weights, or one for all.
+ffi::Error run_float_matmuls(ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs args,
+                             ffi::RemainingRets outs, std::string_view path_name) {
+  const Path* path = find_path(path_name);
+  if (!path) return wrong("this CPU does not run the path " + std::string(path_name));
+  const size_t count = outs.size(), given = args.size() - count;  // activations come first
+  if (args.size() <= count || (given != 1 && given != count))
+    return wrong("float_matmul: as many activations as weights, or one for all");
+  const int64_t index = layer.typed_data()[0];
+  std::vector<FloatMatmul> products;
+  std::vector<int64_t> starts = {0};  // of a product's strips among those of all
+  int64_t work = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const auto x = args.get<ffi::Buffer<ffi::F32>>(given == 1 ? 0 : i);
+    const auto strips = args.get<ffi::AnyBuffer>(given + i);
+    const auto out = outs.get<ffi::Buffer<ffi::F32>>(i);
+    FloatType type;
+    if (!x || !strips || !out || !float_type(strips->element_type(), &type))
+      return wrong("float_matmul: activations and products are float32, weights floats");
+    const auto in = x->dimensions(), weight = strips->dimensions();  // [L, strips, depth, 16]
+    const int64_t columns = (*out)->dimensions()[1], blocks = weight[1];
+    const int64_t bytes = blocks * in[1] * kLanes * (type == FloatType::kFloat32 ? 4 : 2);
+    if (weight[2] != in[1] || weight[3] != kLanes || (*out)->dimensions()[0] != in[0] ||
+        columns > blocks * kLanes || index < 0 || index >= weight[0])
+      return wrong("float_matmul: weights and activations do not fit");
+    products.push_back({x->typed_data(),
+                        static_cast<const uint8_t*>(strips->untyped_data()) + index * bytes,
+                        (*out)->typed_data(), in[0], in[1], columns, type});
+    starts.push_back(starts.back() + blocks);
+    work += bytes * in[0];
+  }
+  share(work < kSmall, starts, kStrips, [&](size_t i, int64_t first, int64_t last) {
+    path->float_matmul(products[i], first, last);
   });
   return ffi::Error::Success();
 }
@@ -178,6 +236,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxQuantMatmuls, internjax::run_matmuls,
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("rounded")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxFloatMatmuls, internjax::run_float_matmuls,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<std::string_view>("path"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InternjaxRopeWrite, internjax::run_rope_write,

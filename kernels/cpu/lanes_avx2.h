@@ -5,6 +5,8 @@ struct Ints { __m256i a, b; };
 struct Bytes { __m256i a, b; };
 
 constexpr int kRows = 2;  // rows that share a tile while it is unpacked
+constexpr int kFloatRows = 4;  // rows that share a load of floats
+constexpr int kSums = 4;  // of floats, that registers hold side by side
 constexpr int kKeys = 4;  // whose scores are summed side by side
 constexpr int kGroup = 32;  // groups of this size are compiled apart, loops unrolled
 #define UNROLL _Pragma("GCC unroll 16")

@@ -5,6 +5,8 @@ struct Ints { __m512i v; };
 struct Bytes { __m512i v; };
 
 constexpr int kRows = 8;  // rows that share a tile while it is unpacked
+constexpr int kFloatRows = 8;  // rows that share a load of floats
+constexpr int kSums = 16;  // of floats, that registers hold side by side
 constexpr int kKeys = 16;  // whose scores are summed side by side
 constexpr int kGroup = 32;  // groups of this size are compiled apart, loops unrolled
 #define UNROLL _Pragma("GCC unroll 16")

@@ -6,6 +6,8 @@ struct Ints { int32_t v[16]; };
 struct Bytes { uint8_t v[64]; };  // 16 columns x 4 inputs
 
 constexpr int kRows = 2;  // rows that share a tile while it is unpacked
+constexpr int kFloatRows = 4;  // rows that share a load of floats
+constexpr int kSums = 4;  // of floats, that registers hold side by side
 constexpr int kKeys = 4;  // whose scores are summed side by side
 constexpr int kGroup = 0;  // no size of a group is compiled apart
 #define UNROLL

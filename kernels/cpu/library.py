@@ -19,6 +19,7 @@ PATHS = ("avx512", "avx2", "portable")
 
 _HANDLERS = {
     "internjax_quant_matmuls": "InternjaxQuantMatmuls",
+    "internjax_float_matmuls": "InternjaxFloatMatmuls",
     "internjax_rope_write": "InternjaxRopeWrite",
     "internjax_paged_attention": "InternjaxPagedAttention",
     "internjax_unwritten": "InternjaxUnwritten",

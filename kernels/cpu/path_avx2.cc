@@ -22,12 +22,13 @@ namespace avx2 {
 namespace {
 #include "lanes_avx2.h"
 #include "matmul.h"
+#include "float_matmul.h"
 #include "attention.h"
 }  // namespace
 }  // namespace avx2
 
-const Path kAvx2 = {"avx2",       avx2::quantize, avx2::matmul,
-                    avx2::attend, avx2::merge,    avx2::sweep};
+const Path kAvx2 = {"avx2", avx2::quantize, avx2::matmul, avx2::float_matmul,
+                    avx2::attend, avx2::merge, avx2::sweep};
 
 }  // namespace internjax
 

@@ -22,12 +22,13 @@ namespace avx512 {
 namespace {
 #include "lanes_avx512.h"
 #include "matmul.h"
+#include "float_matmul.h"
 #include "attention.h"
 }  // namespace
 }  // namespace avx512
 
-const Path kAvx512 = {"avx512",       avx512::quantize, avx512::matmul,
-                      avx512::attend, avx512::merge,    avx512::sweep};
+const Path kAvx512 = {"avx512", avx512::quantize, avx512::matmul, avx512::float_matmul,
+                      avx512::attend, avx512::merge, avx512::sweep};
 
 }  // namespace internjax
 

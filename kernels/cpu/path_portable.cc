@@ -12,11 +12,12 @@ namespace portable {
 namespace {
 #include "lanes_portable.h"
 #include "matmul.h"
+#include "float_matmul.h"
 #include "attention.h"
 }  // namespace
 }  // namespace portable
 
-const Path kPortable = {"portable",       portable::quantize, portable::matmul,
-                        portable::attend, portable::merge,    portable::sweep};
+const Path kPortable = {"portable", portable::quantize, portable::matmul, portable::float_matmul,
+                        portable::attend, portable::merge, portable::sweep};
 
 }  // namespace internjax

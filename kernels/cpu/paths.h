@@ -29,6 +29,19 @@ struct Matmul {
   int bits;              // 4 or 8
 };
 
+enum class FloatType { kFloat32, kBfloat16, kFloat16 };
+
+constexpr int64_t kStrips = 4;  // of floats, that one thread takes at a time
+
+// A weight of floats in strips of 16 columns, layout in tiles.py; out = x w.
+struct FloatMatmul {
+  const float* x;         // [rows, depth]
+  const uint8_t* strips;  // [ceil(columns / 16), depth, 16] of `type`
+  float* out;             // [rows, columns]
+  int64_t rows, depth, columns;
+  FloatType type;
+};
+
 enum class KvType { kFloat32, kBfloat16, kInt8 };
 
 // A piece of each sequence over keys and values that lie in blocks.
@@ -52,6 +65,7 @@ struct Path {
   const char* name;
   void (*quantize)(const Activations&, int64_t first, int64_t last);               // rows
   void (*matmul)(const Matmul&, int64_t first, int64_t last);                      // column blocks
+  void (*float_matmul)(const FloatMatmul&, int64_t first, int64_t last);           // strips
   void (*attend)(const PagedAttention&, int64_t sequence, int64_t head, int64_t piece,
                  int64_t first, int64_t last);  // rows of a head group
   void (*merge)(const PagedAttention&, int64_t sequence, int64_t head);

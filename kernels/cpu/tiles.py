@@ -10,6 +10,8 @@ A tile is one run of bytes, so that a column block is read as one stream:
 
 A weight is value * scale + offset, value 0..15 of 4 bits or -128..127 of 8. Letters: O columns,
 I inputs, G groups of g inputs, `blocks` of 16 columns (the last one filled up with zeros).
+
+Weights of floats lie in strips of 16 columns, an input after the other, in their own numbers.
 """
 
 import jax
@@ -114,3 +116,29 @@ def columns_of(
     lanes = (ids % LANES).reshape(-1)
     block = lambda tile, lane: dequantize(tile, bits, dtype)[:, lane]  # noqa: E731
     return jax.vmap(block)(picked, lanes).reshape(*ids.shape, -1)
+
+
+def strips(rows: Float[np.ndarray, "O I"]) -> Float[np.ndarray, "strips I 16"]:
+    """Lays floats out for `float_matmul`, outputs first; zeros fill up the last strip."""
+    fill = -len(rows) % LANES
+    filled = np.pad(rows, ((0, fill), (0, 0))) if fill else rows
+    return np.ascontiguousarray(filled.reshape(-1, LANES, rows.shape[1]).swapaxes(1, 2))
+
+
+def columns_side_by_side(strips: Float[Array, "strips I 16"]) -> Float[Array, "I columns"]:
+    """Inverse of `strips`, inputs first; the columns that fill up the last strip stay."""
+    bits = _bits(strips).swapaxes(0, 1).reshape(strips.shape[1], -1)
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits), strips.dtype)
+
+
+def columns_of_strips(
+    strips: Float[Array, "strips I 16"], ids: Integer[Array, "*B"]
+) -> Float[Array, "*B I"]:
+    """Looks up single columns: the rows of an embedding that lies as its head."""
+    bits = _bits(strips)[ids // LANES, :, ids % LANES]
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits), strips.dtype)
+
+
+def _bits(x: Float[Array, "*B"]) -> Integer[Array, "*B"]:
+    """Floats as integers: XLA moves bfloat16 by way of float32, which loses subnormals."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
