@@ -1,5 +1,6 @@
-"""Measures a model: `decode` the engine by itself, `serve` a served model under load (over HTTP or
-in this process), `kernels` the GPU kernels (`bench_kernels.py`).
+"""Measures a model: `decode` the engine by itself, `serve` under load; `kernels` GPU kernels.
+
+The load goes over HTTP or to the engine in this process; `bench_kernels.py` has the kernels.
 
 `internjax bench decode smollm2-135m-instruct batch=[1,16] lengths=[[1,128],[128,128]]`
 `internjax bench serve smollm2-135m-instruct load=dynamic concurrency=[16] plot=load.html`

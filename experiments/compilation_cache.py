@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from internjax.catalog import cache_dir
+from internjax.errors import UserError
 
 
 def enable_compilation_cache() -> Path:
@@ -16,7 +17,12 @@ def enable_compilation_cache() -> Path:
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(given)
     folder = cache_dir() / "compiled"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder} ({error.strerror}): set INTERNJAX_CACHE to a folder of yours."
+        ) from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return folder

@@ -47,10 +47,17 @@ def build[T](cls: type[T], raw: Any, path: str = "") -> T:
             raise UserError(_missing(_join(path, field.name), hints[field.name]))
     try:
         return cls(**values)
-    except UserError:
-        raise
     except ValueError as error:  # a record's own check does not know where it stands
-        raise UserError(f"{path}: {error}" if path else str(error)) from error
+        kind = type(error) if isinstance(error, UserError) else UserError
+        raise kind(_placed(path, str(error), hints)) from error
+
+
+def _placed(path: str, message: str, fields: Iterable[str]) -> str:
+    """Names the place in a record's own message: `port=-1: ...` becomes `serve.port=-1: ...`."""
+    if not path:
+        return message
+    begins_with_key = any(message.startswith((f"{name}=", f"{name}.")) for name in fields)
+    return f"{path}.{message}" if begins_with_key else f"{path}: {message}"
 
 
 def part[T](cls: type[T], cfg: T) -> T:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.models.load import Model, load
-from internjax.serve.server import ServeConfig, run_server
+from internjax.serve.server import ServeConfig, check_outside, run_server
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def load_served(cfg: ServeRun) -> tuple[Model, ServeConfig]:
 
 def serve_model(cfg: ServeRun, *, given: socket.socket | None = None) -> None:
     """Serves until a signal comes; says where, unless a listening socket was given."""
+    check_outside(cfg.serve, listens=given is None)
     enable_compilation_cache()
     model, serve = load_served(cfg)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internjax.errors import GateFailed, UserError
+from internjax.interrupts import comes_from_interrupt, keep_interrupts
+from internjax.version import __version__
 
 EXPERIMENTS, CONFIGS = "internjax.experiments", "internjax.configs"
 
@@ -74,11 +76,13 @@ QUIET = (
     "hydra.sweep.dir=runs/sweep/${now:%Y-%m-%d_%H-%M-%S}",
 )
 HYDRA_FLAGS_WITH_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd"}
+HYDRA_FLAGS = HYDRA_FLAGS_WITH_VALUE | {"--multirun", "-m", "--resolve", "--hydra-help"}
 _OVERRIDE = re.compile(r"^(~[\w./@:-]+(=.*)?|\+{0,2}[A-Za-z_][\w./@:-]*=.*)$", re.S)
 
 
 def main() -> None:
     """The `internjax` command."""
+    keep_interrupts()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -91,7 +95,9 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         _say(f"error: {_one_line(error)}")
         return 1 if isinstance(error, GateFailed) else 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if not comes_from_interrupt(error):
+            raise
         _say("stopped: interrupted from the keyboard; finished artefacts are kept.")
         return 130
     except (BrokenPipeError, SystemExit) as error:
@@ -120,6 +126,8 @@ def parse(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
         action, words = _take_action(verb, actions, words)
         overrides.insert(0, f"action={action}")
     line = VERBS[verb, action]
+    for flag in flags:
+        _check_flag(line.module, flag)
     for key in line.words:
         if words:
             overrides.append(f"{key}={_quote(words.pop(0))}")
@@ -140,9 +148,25 @@ def _check_verb(verb: str) -> None:
         raise UserError(_miss("verb", verb, "internjax ", verbs))
 
 
+def _check_flag(module: str, flag: str) -> None:
+    """Refuses `--port=8000`, which other programs would take, with the key that is meant."""
+    name, _, value = flag.partition("=")
+    if name in HYDRA_FLAGS or not name.startswith("-"):  # the latter: what such a flag is given
+        return
+    from internjax.experiments.config import nearest
+
+    word = name.lstrip("-").replace("-", "_")
+    guess = nearest(word, _legal_keys(module, [])) if word else None
+    hint = f"did you mean {guess}={value or 'VALUE'}? " if guess else ""
+    raise UserError(f"no option {name}: {hint}Everything is key=value, without dashes.")
+
+
 def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("--help", "-h"):
+    if not argv or argv[0] in ("--help", "-h", "help"):
         print(_overview())
+        return
+    if argv[0] in ("--version", "version"):
+        print(f"internjax {__version__}")
         return
     if "--help" in argv or "-h" in argv:
         _check_verb(argv[0])
@@ -306,7 +330,8 @@ def _overview() -> str:
         path = _folder(EXPERIMENTS) / f"{rows[0][1].module}.py"
         summary = docstring(path).splitlines()[0] if path.is_file() else "(not in this version)"
         actions = "|".join(action for action, _ in rows if action)
-        lines.append(f"  {f'{verb} {actions}'.strip():<28}{summary}")
+        name = f"  {verb} {actions}".rstrip()
+        lines.append(f"{name:<30}{summary}" if len(name) < 30 else f"{name}\n{'':<30}{summary}")
     lines += ["", "internjax VERB --help shows a verb's keys, their defaults and units."]
     return "\n".join(lines)
 

@@ -131,6 +131,9 @@ def not_opaque() -> str | None:
 
 @cache
 def _say(kernel: str, chosen: str, kind: str, why: str | None) -> None:
-    """Logs a choice once; the reason is that of the kernel that was not taken."""
-    reason = f" (pallas: {why})" if why and chosen != "pallas" else ""
+    """Logs a choice once; on a GPU with the reason why the kernel was not taken.
+
+    Nobody expects a GPU's kernel on a CPU.
+    """
+    reason = f" (pallas: {why})" if why and chosen != "pallas" and kind != "cpu" else ""
     log.info("%s on %s: %s%s", kernel, kind, chosen, reason)

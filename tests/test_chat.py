@@ -26,7 +26,7 @@ from internjax.chat.local import Local
 from internjax.chat.log import _block, pick, reply, shown, turns, undone, whole
 from internjax.chat.source import End, Params, Remote, Text
 from internjax.chat.talk import Talk, load_talk, save_talk
-from internjax.chat.terminal import _join, _plain, converse
+from internjax.chat.terminal import _join, _plain, _remembering, converse
 from internjax.errors import Corrupt, Missing, UserError
 from internjax.serve.server import serving
 from tests.scripted_openai import scripted, tool_call
@@ -225,6 +225,25 @@ def test_a_pipe_ends_at_the_first_error(monkeypatch, capsys):
     with scripted("Hello.") as script, pytest.raises(UserError, match="no command /nosuch"):
         talk_on_a_pipe(Remote(script.url), "hi\n/nosuch\nhi", monkeypatch, capsys)
     assert len(script.requests) == 1
+
+
+def test_bytes_that_are_no_text_are_refused_and_a_closed_input_ends(monkeypatch, capsys):
+    with scripted() as script:
+        with pytest.raises(UserError, match="no UTF-8 at character 2"):
+            talk_on_a_pipe(Remote(script.url), "ab\udcffcd\n", monkeypatch, capsys)
+        monkeypatch.setattr(sys, "stdin", None)
+        talk = Talk("scripted")
+        converse(Remote(script.url), talk, Console(), policy="react", history=None)
+        assert script.requests == []
+
+
+def test_a_history_that_cannot_be_kept_is_told_and_no_reason_not_to_talk(tmp_path):
+    pytest.importorskip("readline")
+    said = []
+    (tmp_path / "file").touch()
+    with _remembering(tmp_path / "file" / "history", said.append):
+        pass
+    assert said and said[0].startswith("your lines are not kept: ")
 
 
 def test_retry_asks_the_same_again_and_clear_forgets(monkeypatch, capsys):

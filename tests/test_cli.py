@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import internjax
 from internjax import cli, configs, experiments
 from internjax.errors import GateFailed, UserError
 from internjax.usage import describe, docstring, read_groups, read_keys
@@ -211,6 +212,49 @@ def test_positional_and_remaining_words():
     with pytest.raises(UserError, match="SRC DST"):
         cli.parse(["convert", "a", "b", "c"])
     assert issubclass(GateFailed, UserError)
+
+
+@pytest.mark.parametrize("words", [["--port=8000"], ["--port", "8000"]])
+def test_a_dashed_option_is_told_its_key(words, capsys):
+    assert cli.run(["serve", "tiny", *words]) == 2
+    assert "no option --port: did you mean serve.port=" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"internjax {internjax.__version__}\n"
+
+
+def test_an_interrupt_that_python_could_only_report_comes_again():
+    """A garbage collector's callback (JAX has one) swallows Ctrl-C: the server used to start."""
+    code = """if True:
+        import gc, time
+        from internjax.interrupts import keep_interrupts
+        def swallow(phase, info):
+            gc.callbacks.clear()
+            raise KeyboardInterrupt
+        keep_interrupts()
+        gc.callbacks.append(swallow)
+        gc.collect()
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:
+            print("stopped")
+        """
+    done = python("-c", code)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
+
+
+def test_an_import_that_ctrl_c_breaks_is_no_bug(monkeypatch, capsys):
+    def broken(*args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("an extension says so") from error
+
+    monkeypatch.setattr(cli, "_launch", broken)
+    assert cli.run(["catalog"]) == 130
+    assert "stopped" in capsys.readouterr().err
 
 
 def test_help_shows_docstring_keys_and_groups(probe, capsys):

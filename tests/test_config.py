@@ -129,7 +129,7 @@ def test_a_records_own_check_gets_its_path():
     class Whole:
         part: Part
 
-    with pytest.raises(UserError, match=r"^part: steps=0 must be positive$"):
+    with pytest.raises(UserError, match=r"^part\.steps=0 must be positive$"):
         build(Whole, {"part": {"steps": 0}})
 
 

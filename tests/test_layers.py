@@ -24,7 +24,7 @@ LAYERS = [
     {"adapt", "train", "plan", "serve"},
     {"evals", "agents"},
     {"chain", "chat"},
-    {"experiments", "cli", "usage", "configs"},
+    {"experiments", "cli", "interrupts", "usage", "configs"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

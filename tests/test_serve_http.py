@@ -40,6 +40,43 @@ def http(url):
         yield http
 
 
+# Mistakes of those who ask by hand -----------------------------------------------------------
+
+JSON = "application/json"
+
+
+@pytest.mark.parametrize(
+    "body, kind, says, param",
+    [
+        ('{"model": "tiny"', JSON, "the body is no JSON: Expecting ',' delimiter at char", None),
+        ('{"model": "tiny"}', "application/x-www-form-urlencoded", "content-type: appl", None),
+        ("", JSON, "the body must be a JSON object.", None),
+        ("[]", JSON, "the body must be a JSON object.", None),
+        ('{"mesages": []}', JSON, "mesages: no such field; did you mean messages?", "mesages"),
+        ('{"model": "tiny", "messages": 1}', JSON, "messages: ", "messages"),
+    ],
+)
+def test_a_wrong_body_is_told_what_is_wrong(http, body, kind, says, param):
+    answer = http.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    "method, path, status, says",
+    [
+        ("GET", "/", 404, "GET /: nothing is here; the API begins at /v1"),
+        ("GET", "/v1", 404, "/openapi.json lists every path"),
+        ("GET", "/v1/chat/completions", 405, "this path takes POST"),
+    ],
+)
+def test_a_wrong_address_is_told_the_right_one(http, method, path, status, says):
+    answer = http.request(method, path)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+
+
 # Embeddings ---------------------------------------------------------------------------------
 
 

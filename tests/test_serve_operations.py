@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import stat
 import threading
@@ -17,12 +18,14 @@ import openai
 import pytest
 
 from internjax.errors import Corrupt, Missing, UserError
+from internjax.experiments.serve_model import ServeRun, serve_model
 from internjax.models.lm import SamplingParams
 from internjax.serve.engine import Engine
 from internjax.serve.http.errors import ApiError
 from internjax.serve.http.limits import Limits
 from internjax.serve.http.memory import Memory, Talk
 from internjax.serve.keys import Keys, new_key, read_keys, remove_key
+from internjax.serve.listening import listening
 from internjax.serve.server import ServeConfig, run_server, serving
 from internjax.serve.thread import EngineThread, Job
 from tests.test_serve_engine import make_model
@@ -112,6 +115,48 @@ def test_every_route_but_health_asks_for_the_key(model, tmp_path):
         remove_key(tmp_path / "keys.txt", "alice")
         with pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+def test_a_keys_file_that_is_damaged_while_it_runs_lets_nobody_in(model, tmp_path):
+    file = tmp_path / "keys.txt"
+    key = new_key(file, "alice")
+    with serving(model, keys_file=str(file), engine=ENGINE, name="tiny") as url:
+        headers = {"authorization": f"Bearer {key}"}
+        good = file.read_text()
+        file.write_text("no key\n")
+        answer = httpx.get(url + "/models", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "keys")
+        file.write_text(good)
+        assert httpx.get(url + "/models", headers=headers).status_code == 200
+
+
+def test_a_full_disk_keeps_the_old_keys(tmp_path):
+    file = tmp_path / "keys.txt"
+    key = new_key(file, "alice")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"keys\.txt: cannot be written: "):
+            new_key(file, "bob")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Keys(file).owner(key) == "alice"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_ports_and_keys_are_looked_at_before_the_model(tmp_path):
+    def refusal(**options) -> str:
+        with pytest.raises(UserError) as caught:
+            serve_model(ServeRun("nothing.gguf", serve=ServeConfig(**{"port": 0, **options})))
+        return str(caught.value)
+
+    with listening("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert "program holds the port; give another port" in refusal(port=port)
+        assert "program holds the port; give another grpc_port" in refusal(grpc_port=port)
+    assert "both 8001" in refusal(port=8001, grpc_port=8001)
+    assert "no such keys file" in refusal(keys_file=str(tmp_path / "keys.txt"))
+    assert "host must be an address of this machine" in refusal(host="192.0.2.1")
 
 
 def test_the_command_makes_keys(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +43,7 @@ def converse(
     """
     typed = by_hand(console)
     session = Session(source, talk, lambda line: _say(console, line))
-    remembered = _remembering(history) if typed else contextlib.nullcontext()
+    remembered = _remembering(history, session.say) if typed else contextlib.nullcontext()
     if typed:
         _say(console, f"{talk.model}. /help shows what there is, Ctrl-C stops an answer.")
     with remembered:
@@ -61,7 +61,7 @@ def converse(
 
 def by_hand(console: Console) -> bool:
     """Whether a person sits at both ends."""
-    return sys.stdin.isatty() and console.is_terminal
+    return sys.stdin is not None and sys.stdin.isatty() and console.is_terminal
 
 
 def _turn(session: Session, asked: str, console: Console, policy: str) -> None:
@@ -86,6 +86,7 @@ def answer(
 
     At a terminal Ctrl-C keeps what has come so far, None if nothing has; elsewhere it goes on.
     """
+    _check_text(question)
     messages, text = talk.asking(question), ""
     if talk.tools:
         tools = make_tools(talk.tools)
@@ -110,6 +111,21 @@ def answer(
     if stopped:
         console.print("\n[dim]stopped.[/]\n")
     return text if text or not stopped else None
+
+
+def _check_text(question: str) -> None:
+    """Refuses bytes that are no text: Python keeps them as halves of surrogate pairs.
+
+    Raises:
+      UserError: with the place.
+    """
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the question is no UTF-8 at character {error.start}: convert it, for example with "
+            "`iconv -f gb18030 -t utf-8`."
+        ) from error
 
 
 def _print_row(console: Console, row: Row) -> None:
@@ -148,8 +164,11 @@ def _read(console: Console, typed: bool) -> str | None:
     A line that ends in a backslash goes on in the next; three quotes open what three quotes close.
     Ctrl-C drops what was begun.
     """
+    if sys.stdin is None:  # closed by whoever started us: nobody asks
+        return None
+    colour = typed and console.color_system is not None and not console.no_color
     try:
-        return _join(_lines(typed))
+        return _join(_lines(typed, colour))
     except EOFError:
         if typed:
             console.print()
@@ -158,6 +177,7 @@ def _read(console: Console, typed: bool) -> str | None:
         if not typed:
             raise
         console.print()
+        _say(console, "Ctrl-D or /exit ends.")
         return ""
 
 
@@ -175,13 +195,13 @@ def _join(lines: Iterator[str]) -> str:
     return text
 
 
-def _lines(typed: bool) -> Iterator[str]:
+def _lines(typed: bool, colour: bool) -> Iterator[str]:
     """Yields the lines of one question; raises EOFError where there is none.
 
     The colours stand between the marks by which readline knows what takes no room.
     """
-    colour, plain = "\001\033[1;36m\002", "\001\033[0m\002"
-    first, more = (f"{colour}you>{plain} ", f"{colour}...>{plain} ") if typed else ("", "")
+    on, off = ("\001\033[1;36m\002", "\001\033[0m\002") if colour else ("", "")
+    first, more = (f"{on}you>{off} ", f"{on}...>{off} ") if typed else ("", "")
     yield input(first)
     with contextlib.suppress(EOFError):
         while True:
@@ -189,7 +209,7 @@ def _lines(typed: bool) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _remembering(history: Path | None) -> Iterator[None]:
+def _remembering(history: Path | None, say: Callable[[str], None]) -> Iterator[None]:
     """Completes commands with Tab; keeps typed lines in a file that only the user can read."""
     if readline is None:
         yield
@@ -200,9 +220,14 @@ def _remembering(history: Path | None) -> Iterator[None]:
     if history is None:
         yield
         return
-    history.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(history, os.O_CREAT | os.O_RDWR, 0o600))
-    readline.read_history_file(history)
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(history, os.O_CREAT | os.O_RDWR, 0o600))
+        readline.read_history_file(history)
+    except OSError as error:  # a read-only home, in a container: no reason not to talk
+        say(f"your lines are not kept: {history}: {error.strerror}.")
+        yield
+        return
     readline.set_history_length(1000)
     try:
         yield

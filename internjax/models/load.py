@@ -46,9 +46,20 @@ def resolve(name_or_path: str | Path) -> Path:
     models = [e.name for e in catalog.search("", kind="model")]
     if name in models:
         return catalog.get(name)
-    near = difflib.get_close_matches(name, models, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise Missing(f"no model {name!r}: neither a path nor one of {', '.join(models)}{hint}")
+    raise Missing(_no_model(name, models))
+
+
+def _no_model(name: str, models: list[str]) -> str:
+    """Says what may be meant: a file that is not there, or names of the catalogue like this one."""
+    if name.endswith((".gguf", ".safetensors")) or name.startswith((".", "/", "~")):
+        return f"{name}: no such file or folder (relative paths start at {Path.cwd()})."
+    begun = [model for model in models if model.startswith(name.lower())]
+    near = begun or difflib.get_close_matches(name.lower(), models, n=1)
+    hint = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return (
+        f"no model {name!r}: neither a file or folder here nor a name of the catalogue: {hint}"
+        "`internjax catalog ls kind=model` lists all."
+    )
 
 
 def load(

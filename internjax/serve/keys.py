@@ -96,7 +96,11 @@ def read_keys(file: Path) -> tuple[StoredKey, ...]:
     if not file.is_file():
         raise Missing(f"{file}: no such keys file; `internjax keys new NAME file={file}` makes it.")
     keys = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Corrupt(f"{file}: is no text; `internjax keys` makes such files.") from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line)
@@ -137,13 +141,24 @@ def remove_key(file: Path, name: str) -> None:
 
 
 def _write(file: Path, keys: tuple[StoredKey, ...]) -> None:
-    """Replaces the file in one step: a server never reads half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces the file in one step: a server never reads half of it, and nothing is left behind.
+
+    Raises:
+      UserError: the disk or its rights say no.
+    """
     new = file.with_name(f".{file.name}.{os.getpid()}")
-    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        out.writelines(key.line() for key in keys)
-    new.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                out.writelines(key.line() for key in keys)
+            new.replace(file)
+        except OSError:
+            new.unlink()
+            raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}.") from error
 
 
 def _hash(salt: bytes, key: str) -> bytes:

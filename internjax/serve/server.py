@@ -16,7 +16,7 @@ from internjax.errors import Missing, UserError
 from internjax.models.load import Model, load
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.keys import Keys
-from internjax.serve.listening import base_url, listening
+from internjax.serve.listening import base_url, check_free, listening
 from internjax.serve.replicas.config import LOST_EXIT, RouterConfig
 from internjax.serve.thread import EngineThread
 
@@ -112,14 +112,28 @@ class ServeConfig:
                 "grpc_port and replicas: the router speaks HTTP, gRPC is served by one process; "
                 "give one of the two."
             )
-        need = max(len(self.adapters), bool(self.adapters_dir))
+        need = max(len(self.adapters), int(bool(self.adapters_dir)))
         if self.engine.adapters < need:
             raise UserError(
-                f"engine.adapters={self.engine.adapters}: give the engine at least {need} places "
-                "for the adapters that it is to serve."
+                f"engine.adapters={self.engine.adapters}: give the engine at least {need} "
+                f"place{'s' * (need > 1)} for the adapters that it is to serve."
             )
         if self.adapters_dir and not Path(self.adapters_dir).is_dir():
             raise Missing(f"adapters_dir={self.adapters_dir}: no such folder.")
+
+
+def check_outside(config: ServeConfig, *, listens: bool = True) -> None:
+    """Refuses a keys file and ports that cannot be used, so that nobody waits for a load first.
+
+    Args:
+      listens: whether this process will open the ports; a replica is given a socket.
+
+    Raises:
+      UserError: a port is taken or not ours to take, or the keys file cannot be read.
+    """
+    _keys(config)
+    ports = {"port": config.port, "grpc_port": config.grpc_port} if listens else {}
+    check_free(config.host, {key: port for key, port in ports.items() if port is not None})
 
 
 def run_server(

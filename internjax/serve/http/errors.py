@@ -1,5 +1,7 @@
 """Errors in OpenAI's shape, whatever went wrong; each names the request it belongs to."""
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,14 +73,43 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        return ApiError(400, message, param=place or None).response(call_of(http))
+        message, param = _of_body(http, error.errors())
+        return ApiError(400, message, param=param).response(call_of(http))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> Response:
-        message = f"{http.url.path}: {error.detail}"
+        message = _of_route(http, error)
         answer = ApiError(error.status_code, message).response(call_of(http))
         answer.headers.update(error.headers or {})
         return answer
+
+
+def _of_body(http: Request, errors: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
+    """What is wrong with a body, and the field; a misspelt field before one that is missing."""
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    kind, place = first["type"], ".".join(str(part) for part in first["loc"] if part != "body")
+    if kind == "json_invalid":
+        return f"the body is no JSON: {first['ctx']['error']} at character {place}.", None
+    if not place:
+        need = "the body must be a JSON object"
+        if "json" not in http.headers.get("content-type", ""):
+            need += ", sent with the header `content-type: application/json`"
+        return f"{need}.", None
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(place, _fields(http), n=1)
+        return f"{place}: no such field{f'; did you mean {near[0]}?' if near else '.'}", place
+    return f"{place}: {first['msg']}", place
+
+
+def _fields(http: Request) -> list[str]:
+    """The names that a route's body may have at its top."""
+    return list(http.scope["route"].body_field.field_info.annotation.model_fields)
+
+
+def _of_route(http: Request, error: HTTPException) -> str:
+    what = f"{http.method} {http.url.path}"
+    if error.status_code == 404:
+        return f"{what}: nothing is here; the API begins at /v1, /openapi.json lists every path."
+    if error.status_code == 405:
+        return f"{what}: this path takes {(error.headers or {}).get('Allow', 'another method')}."
+    return f"{what}: {error.detail}"

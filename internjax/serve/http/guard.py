@@ -4,6 +4,7 @@ import logging
 import re
 import uuid
 
+from internjax.errors import UserError
 from internjax.serve.http.call import Call
 from internjax.serve.http.errors import ApiError
 from internjax.serve.http.service import Service
@@ -62,11 +63,17 @@ class Guard:
         if keys.open or path in OPEN_PATHS:
             return ""
         kind, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        owner = keys.owner(given.strip()) if kind.lower() == "bearer" else None
+        if kind.lower() != "bearer":
+            message = "give the API key as `Authorization: Bearer KEY`."
+            raise ApiError(401, message, code="invalid_api_key")
+        try:
+            owner = keys.owner(given.strip())
+        except UserError as error:  # the keys file was damaged while we run: nobody comes in
+            log.error("%s", error)
+            message = "the keys of this server cannot be read; its log says why."
+            raise ApiError(503, message, code="keys") from error
         if owner is None:
-            raise ApiError(
-                401, "give the API key as `Authorization: Bearer KEY`.", code="invalid_api_key"
-            )
+            raise ApiError(401, "this API key is not known here.", code="invalid_api_key")
         return owner
 
     def _too_large(self) -> ApiError:
