@@ -138,7 +138,7 @@ def adapters(model: Model, rounds: int, scale: int) -> Iterator[str]:
         drawn = init_adapter(model.cfg, lora, jax.random.key(i))
         noise = np.random.default_rng(i)  # b = 0 would change nothing
         drawn = jax.tree.map(lambda x, r=noise: r.normal(0, 0.01, x.shape), drawn)
-        held.add_adapter(f"a{i}", drawn, lora)
+        held.adapters.add(f"a{i}", drawn, lora)
     ids = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (count, 65)).tolist()
     unnamed, named = [(p, "") for p in ids], [(p, f"a{i}") for i, p in enumerate(ids)]
     cases = {"no places": (Engine(model, plain), unnamed), "places, none used": (held, unnamed)}

@@ -1,11 +1,22 @@
 """The bodies of LMDeploy's own calls; what cannot be obeyed is refused like everywhere."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from internjax.models.lm import SamplingParams
-from internjax.serve.schema import Body, Repetition, SamplingBody, Temperature, Text, TokenIds, TopK
+from internjax.serve.schema import (
+    Body,
+    MinP,
+    Repetition,
+    SamplingBody,
+    StopIds,
+    Temperature,
+    Text,
+    TokenIds,
+    TopK,
+    TopP,
+)
 
 
 class LmdeployBody(Body):
@@ -14,9 +25,9 @@ class LmdeployBody(Body):
     stream: bool = False
     stop: Text | list[Text] | None = None
     temperature: Temperature = 1.0
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: TopP = 1.0
     top_k: TopK = 0
-    min_p: float = Field(default=0.0, ge=0, lt=1)
+    min_p: MinP = 0.0
     repetition_penalty: Repetition | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
@@ -40,7 +51,7 @@ class GenerateBody(LmdeployBody):
     image_data: None = None
     return_logprob: bool | None = None
     max_tokens: int = Field(default=128, ge=1)
-    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    stop_token_ids: StopIds | None = None
     include_stop_str_in_output: Literal[False] | None = False
 
     def sampling(self) -> SamplingParams:
@@ -60,7 +71,7 @@ class InteractiveBody(LmdeployBody):
     adapter_name: str | None = None
     min_new_tokens: int | None = Field(default=None, ge=0)
     temperature: Temperature = 0.8
-    top_p: float = Field(default=0.8, gt=0, le=1)
+    top_p: TopP = 0.8
     top_k: TopK = 40
 
     def messages(self) -> list[dict[str, Any]]:

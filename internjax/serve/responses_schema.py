@@ -4,7 +4,7 @@ Items of text, of function calls and of their results become messages; everythin
 another machine (images, files, hosted tools, background work) is refused by name.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,21 +14,22 @@ from internjax.serve.schema import (
     ChatBody,
     Function,
     JsonSchema,
+    Messages,
+    OpenAIBody,
     ResponseFormat,
     Temperature,
     Text,
     Tool,
+    ToolChoice,
+    TopLogprobs,
+    TopP,
 )
 
 WRITTEN_PARTS = ("input_text", "output_text", "text")
 
 
-class TextFormat(Body):
+class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str = "answer"
-    description: str | None = None
-    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
-    strict: bool | None = None
 
 
 class TextConfig(Body):
@@ -40,25 +41,25 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
-class ResponseBody(Body):
+class ResponseBody(OpenAIBody):
     """What `/v1/responses` takes; fields that can only be None are not served."""
 
     model: str
-    input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: Text | Messages
     instructions: Text | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: Temperature | None = None
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: TopP | None = None
     text: TextConfig | None = None
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     metadata: dict[str, str] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: TopLogprobs | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     conversation: None = None
@@ -67,10 +68,6 @@ class ResponseBody(Body):
     reasoning: None = None
 
     # Of OpenAI's API, without meaning here.
-    user: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     stream_options: Any = None
 
@@ -94,7 +91,7 @@ class ResponseBody(Body):
         form = (self.text or TextConfig()).format
         schema = None
         if form.type == "json_schema":
-            schema = JsonSchema(name=form.name, schema=form.schema_, strict=form.strict)
+            schema = JsonSchema(**form.model_dump(by_alias=True, exclude={"type"}))
         return ChatBody(
             model=self.model,
             messages=messages,

@@ -18,6 +18,12 @@ TokenIds = Annotated[list[int], Field(max_length=1 << 20)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 TopK = Annotated[int, Field(ge=-1, lt=1 << 31)]
 Repetition = Annotated[float, Field(ge=0.01, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+MinP = Annotated[float, Field(ge=0, lt=1)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+StopIds = Annotated[list[int], Field(max_length=64)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
 COLDEST = 1e-4
 """Temperatures below are 0: quotients would overflow, and the likeliest token wins anyway."""
 
@@ -26,6 +32,15 @@ class Body(BaseModel):
     """A request body; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class OpenAIBody(Body):
+    """A body whose clients may send more of OpenAI's API, without meaning here."""
+
+    user: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
 
 
 class StreamOptions(Body):
@@ -59,20 +74,20 @@ class Tool(Body):
     function: Function
 
 
-class SamplingBody(Body):
+class SamplingBody(OpenAIBody):
     """What chat and plain completions share."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=0)
     temperature: Temperature | None = None
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: TopP | None = None
     top_k: TopK | None = None
-    min_p: float | None = Field(default=None, ge=0, lt=1)
-    typical_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: MinP | None = None
+    typical_p: TopP | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     min_new_tokens: int | None = Field(default=None, ge=0)
     bad_words: Text | Annotated[list[Text], Field(max_length=64)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    stop_token_ids: StopIds | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -86,13 +101,9 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     grammar: dict[str, Any] | None = None
 
-    # Of OpenAI's API, without meaning here.
-    user: Any = None
+    # Without meaning here: only responses are stored.
     metadata: Any = None
     store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
     def sampling(
         self,
@@ -151,13 +162,13 @@ class SamplingBody(Body):
 
 
 class ChatBody(SamplingBody):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     def asked_grammar(self) -> dict | None:
@@ -196,7 +207,7 @@ def one_by_one(given: str | list, name: str) -> list[str | list[int]]:
 class CompletionBody(SamplingBody):
     prompt: Text | list[Text] | TokenIds | list[TokenIds]
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: TopLogprobs | None = None
     best_of: int | None = Field(default=None, ge=1, le=64)
     suffix: str | None = None
 

@@ -5,7 +5,7 @@ planned in `serve.tools`. A request that cannot be obeyed is refused with the re
 accepted and ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,6 +28,15 @@ from internjax.serve.schema import ChatBody, CompletionBody, EmbeddingBody
 from internjax.version import __version__
 
 ALLOWED_HEADERS = ("authorization", "content-type", "x-request-id")
+POSTS: dict[str, tuple[Callable, type]] = {
+    "/v1/chat/completions": (chat, ChatBody),
+    "/v1/completions": (completions, CompletionBody),
+    "/v1/embeddings": (embeddings, EmbeddingBody),
+    "/v1/responses": (responses, ResponseBody),
+    "/generate": (generate, GenerateBody),
+    "/v1/chat/interactive": (interactive, InteractiveBody),
+}
+"""Calls that the engine answers, and their bodies."""
 
 
 def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
@@ -49,45 +58,26 @@ def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
         )
     add_info(app, service)
     add_adapters(app, service)
-    _add_openai(app, service)
-    _add_responses(app, service)
-    _add_lmdeploy(app, service)
+    for path, (answer, kind) in POSTS.items():
+        _add_post(app, service, path, answer, kind)
+    _add_stored(app, service)
     return app
 
 
-def _add_openai(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions")
-    async def _chat(body: ChatBody, http: Request) -> Response:
-        return await chat(service, body, http)
+def _add_post(app: FastAPI, service: Service, path: str, answer: Callable, kind: type) -> None:
+    """Adds the route of a call whose body is of some kind, see `POSTS`."""
 
-    @app.post("/v1/completions")
-    async def _completions(body: CompletionBody, http: Request) -> Response:
-        return await completions(service, body, http)
+    async def post(body: kind, http: Request) -> Response:
+        return await answer(service, body, http)
 
-    @app.post("/v1/embeddings")
-    async def _embeddings(body: EmbeddingBody, http: Request) -> Response:
-        return await embeddings(service, body, http)
+    app.add_api_route(path, post, methods=["POST"], name=answer.__name__)
 
 
-def _add_responses(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/responses")
-    async def _responses(body: ResponseBody, http: Request) -> Response:
-        return await responses(service, body, http)
-
+def _add_stored(app: FastAPI, service: Service) -> None:
     @app.get("/v1/responses/{name}")
-    async def _stored(name: str, http: Request) -> Response:
+    async def stored(name: str, http: Request) -> Response:
         return JSONResponse(stored_response(service, name, call_of(http)).record)
 
     @app.delete("/v1/responses/{name}")
-    async def _delete(name: str, http: Request) -> Response:
+    async def delete(name: str, http: Request) -> Response:
         return JSONResponse(delete_response(service, name, call_of(http)))
-
-
-def _add_lmdeploy(app: FastAPI, service: Service) -> None:
-    @app.post("/generate")
-    async def _generate(body: GenerateBody, http: Request) -> Response:
-        return await generate(service, body, http)
-
-    @app.post("/v1/chat/interactive")
-    async def _interactive(body: InteractiveBody, http: Request) -> Response:
-        return await interactive(service, body, http)
