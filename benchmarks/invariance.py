@@ -1,6 +1,6 @@
 """What invariant answers cost, and where fast ones differ from them.
 
-    .venv/bin/python benchmarks/invariance.py [MODEL] [quick=true] [requests=16] [new=48] [rounds=3]
+    .venv/bin/python benchmarks/invariance.py [MODEL] [quick=true] [requests=12] [new=64] [rounds=3]
         [only=packed,float32,bfloat16]
 
 First questions of conversations of the catalogue are answered greedily, in three kinds of weights:
@@ -152,8 +152,8 @@ def main(args: list[str]) -> int:
     """Measures the kinds asked for; returns 1 where a law is broken."""
     options = dict(a.split("=", 1) for a in args if "=" in a)
     name = next((a for a in args if "=" not in a), "smollm2-135m-instruct")
-    sizes = {"requests": 6, "new": 24, "rounds": 1} if options.get("quick") == "true" else {}
-    sizes = {"requests": 16, "new": 48, "rounds": 3} | sizes
+    sizes = {"requests": 6, "new": 40, "rounds": 1} if options.get("quick") == "true" else {}
+    sizes = {"requests": 12, "new": 64, "rounds": 3} | sizes
     sizes = {key: int(options.get(key, value)) for key, value in sizes.items()}
     enable_compilation_cache()
     broken = []
