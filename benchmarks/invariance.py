@@ -156,7 +156,7 @@ def main(args: list[str]) -> int:
     """Measures the kinds asked for; returns 1 where a law is broken."""
     options = dict(a.split("=", 1) for a in args if "=" in a)
     name = next((a for a in args if "=" not in a), "smollm2-135m-instruct")
-    sizes = {"requests": 6, "new": 40, "rounds": 1} if options.get("quick") == "true" else {}
+    sizes = {"requests": 6, "new": 40, "rounds": 2} if options.get("quick") == "true" else {}
     sizes = {"requests": 12, "new": 64, "rounds": 3} | sizes
     sizes = {key: int(options.get(key, value)) for key, value in sizes.items()}
     enable_compilation_cache()
