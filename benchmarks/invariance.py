@@ -1,6 +1,6 @@
 """What invariant answers cost, and where fast ones differ from them.
 
-    .venv/bin/python benchmarks/invariance.py [MODEL] [quick=true] [requests=16] [new=48] [rounds=3]
+    .venv/bin/python benchmarks/invariance.py [MODEL] [quick=true] [requests=12] [new=64] [rounds=3]
         [only=packed,float32,bfloat16]
 
 First questions of conversations of the catalogue are answered greedily, in three kinds of weights:
@@ -12,7 +12,8 @@ it, every token up to and with the first that differs (behind it the texts have 
     proof      invariant=true with the prefix cache, prompts in pieces, preemption for want of
                blocks, and guesses, each request twice: no bit may differ
     fast       the same with invariant=false: a token may differ only where the reference's two
-               likeliest lie closer than EPSILON of that kind (nats)
+               likeliest lie closer than EPSILON of that kind (nats), and log-probabilities
+               before it by half of that
 
 A row each: tokens compared, how many first tokens differ and their share, the largest distance of
 the two likeliest where one does, the largest change of a token's log-probability before. Then the
@@ -38,9 +39,11 @@ from internjax.models.load import Model, load
 from internjax.serve.engine import Engine, EngineConfig
 from internjax.serve.scheduler import IdLogprob
 
-EPSILON = {"packed": 0.0, "float32": 1e-3, "bfloat16": 0.25}
-"""Of the CPU kernels no bit depends on the number of rows. Sums over D of rounded numbers differ by
-their rounding times some sqrt(D), through 30 layers: measured with this script, and a margin."""
+EPSILON = {"packed": 0.0, "float32": 1e-4, "bfloat16": 0.25}
+"""Of the CPU kernels over packed weights no bit depends on the number of rows. Elsewhere choices
+swap only if a log-probability moves by half of it. In float32 that of SmolLM2 moved by 1.7e-5 at
+most (twice that, and a margin of three); in bfloat16 by nothing here, but one state that is rounded
+the other way moves logits of 16 to 32 by some 2^-3."""
 
 CONTEXT, BLOCK, MAX_PROMPT = 256, 16, 200
 SLOTS, FEW_SLOTS, GUESSES = 24, 6, 3  # 24 rows in every step: plain weights want one size
@@ -140,11 +143,12 @@ def measure(kind: str, model: Model, prompts, new: int, rounds: int) -> list[str
         )
     for name, one in seen.items():
         print(f"{kind} {name}: {one.line()}", flush=True)
-    fast, slow = (statistics.median(rates[flag][1:]) for flag in (False, True))  # first: compiles
-    print(f"RATIO fast_over_invariant_{kind} {fast:.1f} {slow:.1f} {fast / slow:.2f}", flush=True)
+    quick, slow = (statistics.median(rates[flag][1:]) for flag in (False, True))  # first: compiles
+    print(f"RATIO fast_over_invariant_{kind} {quick:.1f} {slow:.1f} {quick / slow:.2f}", flush=True)
     broken = [f"{kind} {name}: a bit differs" for name in ("together", "proof") if seen[name].bits]
-    if seen["fast"].differ and seen["fast"].gap >= EPSILON[kind]:
-        broken.append(f"{kind} fast: gap {seen['fast'].gap:.2g} >= epsilon {EPSILON[kind]}")
+    fast = seen["fast"]
+    if (fast.differ and fast.gap >= EPSILON[kind]) or fast.shift > EPSILON[kind] / 2:
+        broken.append(f"{kind} fast: beyond epsilon {EPSILON[kind]}: {fast.line()}")
     return broken
 
 
@@ -152,8 +156,8 @@ def main(args: list[str]) -> int:
     """Measures the kinds asked for; returns 1 where a law is broken."""
     options = dict(a.split("=", 1) for a in args if "=" in a)
     name = next((a for a in args if "=" not in a), "smollm2-135m-instruct")
-    sizes = {"requests": 6, "new": 24, "rounds": 1} if options.get("quick") == "true" else {}
-    sizes = {"requests": 16, "new": 48, "rounds": 3} | sizes
+    sizes = {"requests": 6, "new": 40, "rounds": 2} if options.get("quick") == "true" else {}
+    sizes = {"requests": 12, "new": 64, "rounds": 3} | sizes
     sizes = {key: int(options.get(key, value)) for key, value in sizes.items()}
     enable_compilation_cache()
     broken = []

@@ -201,9 +201,9 @@ def perplexity_of(params: Params, cfg: ModelConfig, rows: np.ndarray, kv_dtype: 
     return float(np.exp(total / (len(rows) * (LENGTH - 1))))
 
 
-def perplexity(model: Model, rounds: int, scale: int) -> Iterator[str]:
+def perplexity(model: Model, _: int, scale: int) -> Iterator[str]:
     """Measures what rounding keys and values costs, weights and activations being the same."""
-    rows = rows_of(model, 4 * scale**2, LENGTH)
+    rows = rows_of(model, 4 * scale, LENGTH)
     for kind, weights in (("packed", "auto"), ("float32", "expand")):
         params = prepare_params(model.params, EngineConfig(weights=weights), model.cfg.dtype)
         found = {kv: perplexity_of(params, model.cfg, rows, kv) for kv in KV_DTYPES}
