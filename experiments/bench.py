@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from internjax.errors import GateFailed, UserError
-from internjax.experiments.bench_rows import Row, table, write_csv
+from internjax.experiments.bench_rows import Row, check_writable, table, write_csv
 from internjax.experiments.compilation_cache import enable_compilation_cache
 from internjax.experiments.config import build
 
@@ -83,6 +83,9 @@ class BenchConfig:
 def main(raw: DictConfig) -> None:
     """Prints a row for each case, and keeps the rows where `out` says."""
     cfg = build(BenchConfig, raw)
+    for key in ("out", "plot"):
+        if getattr(cfg, key):
+            check_writable(key, Path(getattr(cfg, key)))
     enable_compilation_cache()
     console = Console()
     if cfg.action == "kernels":

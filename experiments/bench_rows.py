@@ -1,6 +1,7 @@
 """What every benchmark makes of its numbers: rows, shown as a table or kept as CSV."""
 
 import csv
+import os
 import resource
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+
+from internjax.errors import UserError
 
 Row = dict[str, float]
 
@@ -48,6 +51,13 @@ def _cell(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def check_writable(key: str, path: Path) -> None:
+    """Refuses, before anything is measured, a file that could not be written afterwards."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{key}={path}: no file can be written there; name another.")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

@@ -9,9 +9,10 @@ between pieces; e2e: of whole answers.
 import contextlib
 import dataclasses
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,17 +145,25 @@ def run(
     tick: Tick,
     starts: Sequence[float] | None = None,
 ) -> tuple[list[Answer], float]:
-    """Asks all; returns the answers in order and the seconds from the first to the last."""
-    begin = time.perf_counter()
+    """Asks all; returns the answers in order and the seconds from the first to the last.
+
+    An error, or Ctrl-C, does not wait for the answers under way: who leaves `target` ends them.
+    """
+    begin, left = time.perf_counter(), threading.Event()
 
     def one(work: Work, start: float) -> Answer:
-        time.sleep(max(0.0, begin + start - time.perf_counter()))
+        if left.wait(max(0.0, begin + start - time.perf_counter())):
+            raise CancelledError
         answer = ask(work)
         tick()
         return answer
 
-    with ThreadPoolExecutor(streams) as pool:
+    pool = ThreadPoolExecutor(streams)
+    try:
         answers = list(pool.map(one, works, [0.0] * len(works) if starts is None else starts))
+    finally:
+        left.set()
+        pool.shutdown(wait=False, cancel_futures=True)
     return answers, time.perf_counter() - begin
 
 

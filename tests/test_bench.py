@@ -2,6 +2,8 @@
 
 import csv
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -153,6 +155,33 @@ def test_starts_are_waited_for():
     _, seconds = bench_serve.run(ask, works, 3, lambda: None, [0.2, 0.0, 0.1])
     assert asked == [2, 3, 1]
     assert seconds >= 0.2
+
+
+def test_an_error_waits_neither_for_answers_nor_for_starts():
+    """Ctrl-C, too: it comes to the thread that waits for the first answer."""
+    begun, free = threading.Event(), threading.Event()
+
+    def ask(work):
+        if work.new == 1:
+            begun.wait(10)
+            raise UserError("this server is gone")
+        begun.set()
+        free.wait(10)
+
+    works = [bench_load.Work([1], new) for new in (1, 2, 3)]
+    start = time.monotonic()
+    with pytest.raises(UserError, match="gone"):
+        bench_serve.run(ask, works, 3, lambda: None, [0.0, 0.0, 9.0])
+    free.set()
+    assert time.monotonic() - start < 5
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "rows.csv"):
+        with pytest.raises(UserError, match="no file can be written there"):
+            bench_rows.check_writable("out", out)
+    bench_rows.check_writable("out", tmp_path / "new" / "rows.csv")
 
 
 def test_mistakes_get_one_line(tiny):

@@ -229,7 +229,7 @@ def test_a_pipe_ends_at_the_first_error(monkeypatch, capsys):
 
 def test_bytes_that_are_no_text_are_refused_and_a_closed_input_ends(monkeypatch, capsys):
     with scripted() as script:
-        with pytest.raises(UserError, match="no UTF-8 at character 2"):
+        with pytest.raises(UserError, match="character 2 is half of a surrogate pair"):
             talk_on_a_pipe(Remote(script.url), "ab\udcffcd\n", monkeypatch, capsys)
         monkeypatch.setattr(sys, "stdin", None)
         talk = Talk("scripted")

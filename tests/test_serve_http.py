@@ -43,6 +43,7 @@ def http(url):
 # Mistakes of those who ask by hand -----------------------------------------------------------
 
 JSON = "application/json"
+HALF = r'{"model": "tiny", "messages": [{"role": "user", "content": "a \ud800"}]}'
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ JSON = "application/json"
         ("[]", JSON, "the body must be a JSON object.", None),
         ('{"mesages": []}', JSON, "mesages: no such field; did you mean messages?", "mesages"),
         ('{"model": "tiny", "messages": 1}', JSON, "messages: ", "messages"),
+        (HALF, JSON, "U+D800 at character", None),
     ],
 )
 def test_a_wrong_body_is_told_what_is_wrong(http, body, kind, says, param):

@@ -19,6 +19,7 @@ from internjax.chat.acting import act
 from internjax.chat.commands import COMMANDS, Session, obey
 from internjax.chat.source import End, Source, Text
 from internjax.chat.talk import Talk
+from internjax.data.tokenizer import check_text
 from internjax.errors import UserError
 
 try:
@@ -86,7 +87,7 @@ def answer(
 
     At a terminal Ctrl-C keeps what has come so far, None if nothing has; elsewhere it goes on.
     """
-    _check_text(question)
+    check_text(question)  # a server's client would fail on it
     messages, text = talk.asking(question), ""
     if talk.tools:
         tools = make_tools(talk.tools)
@@ -111,21 +112,6 @@ def answer(
     if stopped:
         console.print("\n[dim]stopped.[/]\n")
     return text if text or not stopped else None
-
-
-def _check_text(question: str) -> None:
-    """Refuses bytes that are no text: Python keeps them as halves of surrogate pairs.
-
-    Raises:
-      UserError: with the place.
-    """
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the question is no UTF-8 at character {error.start}: convert it, for example with "
-            "`iconv -f gb18030 -t utf-8`."
-        ) from error
 
 
 def _print_row(console: Console, row: Row) -> None:

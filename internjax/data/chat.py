@@ -20,7 +20,7 @@ from internjax.data.templates import (
     Piece,
     template_of_model,
 )
-from internjax.data.tokenizer import Tokenizer, load_tokenizer
+from internjax.data.tokenizer import Tokenizer, check_text, load_tokenizer
 from internjax.errors import Missing, UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "environment")
@@ -201,6 +201,7 @@ def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _encode_piece(tokenizer: Tokenizer, text: str, before: list[int]) -> list[int]:
+    check_text(text)
     ids: list[int] = []
     after_special = bool(before) and tokenizer.is_special(before[-1])
     at_start = not before

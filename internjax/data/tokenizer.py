@@ -21,6 +21,21 @@ from internjax.data.tokenizer_engines import BpeEngine, SentencePieceEngine
 from internjax.errors import Corrupt, Missing, UserError
 
 
+def check_text(text: str) -> None:
+    """Refuses lone surrogates: JSON can write them, Python makes them of bytes that are no UTF-8.
+
+    Raises:
+      UserError: with the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"{half} at character {error.start} is half of a surrogate pair, not text: send UTF-8."
+        ) from error
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary with its special tokens.
@@ -51,7 +66,12 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = True) -> list[int]:
         """Encodes text; with `specials=False` markers in it are ordinary letters (use that for
-        anything a user typed)."""
+        anything a user typed).
+
+        Raises:
+          UserError: the text holds half of a surrogate pair, which is no character.
+        """
+        check_text(text)
         ids = [self._need_bos()] if bos else []
         if not specials:
             return ids + self.engine.encode(text)

@@ -336,7 +336,10 @@ def _stopping_on_signals(server, engine: EngineThread, drain_seconds: float) -> 
     """
 
     def drain() -> None:
-        log.info("draining: running requests may finish for %g s", drain_seconds)
+        log.info(
+            "draining: running requests may finish for %g s; a second signal stops at once",
+            drain_seconds,
+        )
         engine.close(drain_seconds)
         server.should_exit = True
 

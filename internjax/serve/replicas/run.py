@@ -94,7 +94,9 @@ def _stop_on_signals(server, front: Front) -> None:
 
     async def drain() -> None:
         seconds = front.config.drain_seconds
-        log.info("draining: running requests may finish for %g s", seconds)
+        log.info(
+            "draining: running requests may finish for %g s; a second signal stops at once", seconds
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while any(replica.in_flight for replica in front.replicas):
