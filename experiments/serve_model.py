@@ -38,4 +38,8 @@ def serve_model(cfg: ServeRun, *, given: socket.socket | None = None) -> None:
     def ready_grpc(address: str) -> None:
         print(f"gRPC at {address}", flush=True)
 
-    run_server(model, serve, on_ready=None if given else ready, on_grpc=ready_grpc, given=given)
+    loaded = [model]
+    del model  # the engine packs the weights: nobody holds them as they were stored
+    run_server(
+        loaded.pop(), serve, on_ready=None if given else ready, on_grpc=ready_grpc, given=given
+    )

@@ -81,6 +81,31 @@ void check_matmul(int bits, int64_t rows, int64_t groups, int64_t group, int64_t
 }
 
 template <typename T>
+void check_floats(FloatType type, int64_t rows, int64_t depth, int64_t columns, float low,
+                  float high) {
+  const int64_t strips = (columns + kLanes - 1) / kLanes;
+  const auto x = drawn<float>(rows * depth, -3, 3);
+  const auto weight = drawn<T>(strips * depth * kLanes, low, high);
+  std::vector<float> first;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    const Path* path = find_path(name);
+    if (!path) continue;
+    std::vector<float> out(rows * columns);
+    const FloatMatmul m = {x.data(),   reinterpret_cast<const uint8_t*>(weight.data()),
+                           out.data(), rows,
+                           depth,      columns,
+                           type};
+    const int64_t unit = 1 + rows % 5, parts = (strips + unit - 1) / unit;  // whole kStrips, too
+    pool().run(parts, [&](int64_t i) {
+      path->float_matmul(m, i * unit, i + 1 < parts ? (i + 1) * unit : strips);
+    });
+    if (first.empty()) first = out;
+    expect_same("float matmul", path->name, first, out);
+  }
+  add_to_digest(first);
+}
+
+template <typename T>
 void check_attention(KvType type, int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, int64_t block_len, int64_t table_len) {
   const int64_t blocks = batch * table_len, rows = heads / kv_heads * queries;
@@ -142,6 +167,14 @@ int main() {
         for (const int64_t rows : {1, 2, 5, 15})
           for (const int64_t columns : {1, 16, 41})
             check_matmul(bits, rows, 3, group, columns, rounded);
+  for (const int64_t rows : {1, 2, 5, 19, 39})
+    for (const int64_t depth : {1, 64, 300})
+      for (const int64_t columns : {1, 16, 107}) {
+        check_floats<float>(FloatType::kFloat32, rows, depth, columns, -2, 2);
+        // Positive numbers as their bits, subnormal ones too.
+        check_floats<uint16_t>(FloatType::kBfloat16, rows, depth, columns, 0, 0x4200);
+        check_floats<uint16_t>(FloatType::kFloat16, rows, depth, columns, 0, 0x6000);
+      }
   check_attention<float>(KvType::kFloat32, 3, 1, 9, 3, 64, 16, 33);
   check_attention<float>(KvType::kFloat32, 2, 4, 4, 4, 80, 300, 2);
   check_attention<uint16_t>(KvType::kBfloat16, 3, 8, 4, 1, 16, 7, 5);

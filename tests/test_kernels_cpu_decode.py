@@ -223,8 +223,25 @@ def test_floats_beside_packed_weights_are_packed(quantized):
     want = forward(params, tokens, quantized.cfg)[:, -1]
     exact = logits(params, quantized.cfg, tokens, EngineConfig(activations="f32"))
     np.testing.assert_allclose(exact, want, rtol=0, atol=2e-3 * np.abs(want).max())
-    plain_tree = prepare_params(make_model().params, EngineConfig(), "float32")
-    assert not any(isinstance(x, PackedFloats) for x in plain_tree["layers"][0].values())
+
+
+def test_plain_trees_are_packed_where_it_pays():
+    """Of 16 bits by themselves, of float32 where that is asked for; experts never."""
+    params = tiny_model(d_model=512, head_dim=16, num_layers=1)[1]
+    auto, asked = EngineConfig(), EngineConfig(weights="pack")
+    for dtype, config, alone in [
+        ("float32", auto, False),
+        ("float32", asked, True),
+        ("bfloat16", auto, True),
+        ("float16", auto, True),
+    ]:
+        cast = jax.tree.map(lambda x: x.astype(dtype), params)  # noqa: B023
+        tree = prepare_params(cast, config, "float32")
+        assert rows_stand_alone(tree) == alone
+        assert isinstance(tree["layers"][0]["wo"], PackedFloats) == alone
+        assert isinstance(tree["embed"], PackedFloats) == alone
+    experts = {**params, "layers": params["layers"] | {"router": jnp.ones((1, 512, 4))}}
+    assert isinstance(prepare_params(experts, asked, "float32")["embed"], jax.Array)
 
 
 def test_a_quantized_model_answers_alike_in_steps_of_any_size(quantized):

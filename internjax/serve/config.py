@@ -29,9 +29,10 @@ class EngineConfig:
       attend_tokens: positions that these may attend to in all, or a long prompt's later pieces
         would hold up the others more than its first ones; 0 sets no bound.
       weights: "keep" computes with quantized or adapted weights as they are, "expand" turns them
-        into plain float arrays once, "pack" lays integers out for the CPU kernels, "turn" for those
-        of Hopper GPUs. "auto" packs or turns where those run; on a CPU without them it expands, for
-        unpacking at every step costs more than reading the floats.
+        into plain float arrays once, "pack" lays integers out for the CPU kernels and floats too,
+        "turn" integers for those of Hopper GPUs. "auto" packs or turns where those run, but for
+        models of nothing but float32; on a CPU without them it expands, for unpacking at every step
+        costs more than reading the floats.
       speculate: guesses a step checks for every request, 0 for none: of the draft model if the
         engine is given one, else of what followed the same words before.
       invariant: no bit of an answer depends on what was cached, how a prompt was cut, or whether a

@@ -49,7 +49,8 @@ def prepare_params(params: Params, config: EngineConfig, dtype: str) -> Params:
             params = {**params, "embed": params["embed"].T}
     elif how == "pack":
         fit = lambda x: packed(x, config.activations, dtype) if _is_weight(x) else x  # noqa: E731
-        params = _floats_beside(jax.tree.map(fit, params, is_leaf=_is_weight))
+        params = jax.tree.map(fit, params, is_leaf=_is_weight)
+        params = _floats_beside(params, asked=config.weights == "pack")
     elif how == "turn":
         integers = lambda x: isinstance(x, QuantWeight)  # noqa: E731
         turn = jax.jit(turned)  # in passing: the nibbles by themselves are four times as much
@@ -62,15 +63,19 @@ def _is_weight(x) -> bool:
     return not isinstance(x, (dict, tuple, jax.Array, np.ndarray))
 
 
-def _floats_beside(params: Params) -> Params:
+def _floats_beside(params: Params, asked: bool) -> Params:
     """Packs the arrays that are multiplied beside packed weights, so that all rows stand alone.
 
-    A tree without packed weights is left as it is, and so are experts, which have no such kernel.
+    Without packed weights there, arrays of 16 bits are packed too: XLA computes with those at less
+    than half the speed in steps of a few rows, and hardly faster in prompts. Of float32 it
+    multiplies long prompts a third faster than the kernels, which fuse no product with a sum: such
+    a tree is packed where that is `asked` for. Experts have no such kernel and stay as they are.
     """
+    products = _products(params)
+    narrow = all(fits_kernels(x) and x.dtype.itemsize == 2 for x in products)
     stacked = isinstance(params["layers"], dict)
     layers = (params["layers"],) if stacked else params["layers"]
-    some = any(stands_alone(x) for layer in layers for x in layer.values())
-    if not some or "router" in layers[0]:
+    if "router" in layers[0] or not (asked or narrow or any(map(stands_alone, products))):
         return params
     own = lambda name, x: _floats(name, x, int(stacked))  # noqa: E731
     layers = tuple({name: own(name, x) for name, x in layer.items()} for layer in layers)
@@ -91,9 +96,16 @@ def rows_stand_alone(params: Params) -> bool:
     are made in another order for some numbers of rows (seen with 32 to 320, jaxlib 0.12.0.1, not
     with 512 to 6,144).
     """
-    products = [v for layer in params["layers"] for k, v in layer.items() if _multiplies(k)]
-    products += [params[name] for name in ("embed", "head") if name in params]
-    return all(stands_alone(x) for x in products) and params["final_norm"].shape[-1] >= 512
+    alone = all(map(stands_alone, _products(params)))
+    return alone and params["final_norm"].shape[-1] >= 512
+
+
+def _products(params: Params) -> list:
+    """Lists what activations are multiplied with, of stacked layers or of single ones."""
+    stacked = isinstance(params["layers"], dict)
+    layers = (params["layers"],) if stacked else params["layers"]
+    products = [v for layer in layers for k, v in layer.items() if _multiplies(k)]
+    return products + [params[name] for name in ("embed", "head") if name in params]
 
 
 def _multiplies(name: str) -> bool:

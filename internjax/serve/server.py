@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from internjax.errors import Missing, UserError
@@ -160,6 +160,7 @@ def run_server(
     with contextlib.nullcontext(given) if given else own as listener:
         server, engine = _build(model, config, first=True, behind_front=given is not None)
         engine.on_loss = _end_process
+        model = replace(model, params={})  # the engine holds them as it wants them
         try:
             beside = _grpc_beside(config, model, engine, server)
             stopping = _stopping_on_signals(server, engine, config.drain_seconds)
