@@ -16,7 +16,7 @@ from internjax.serve.engine import Engine, EngineConfig
 from tests.test_serve_engine import logprobs_of, make_model, run
 
 REFERENCE = EngineConfig(
-    slots=4, context=128, block=16, prefill_tokens=32, invariant=True, prefix_cache=False
+    4, 128, block=16, prefill_tokens=32, weights="expand", invariant=True, prefix_cache=False
 )
 FAST = replace(REFERENCE, invariant=False, prefix_cache=True, blocks=8, speculate=3)
 
