@@ -46,7 +46,7 @@ def main(raw: DictConfig) -> None:
 
     done = produce_at(cfg.out, cfg.runs, "quantize", config=settings, inputs=inputs, make=make)
     before, after = done.metrics["bytes_before"] / 1e6, done.metrics["bytes"] / 1e6
-    print(f"{done.path}: weights of {before:,.1f} MB became {after:,.1f} MB")
+    print(f"{done.path / 'model'}: weights of {before:,.1f} MB became {after:,.1f} MB")
 
 
 if __name__ == "__main__":  # the same program as `internjax quantize`

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internjax.errors import GateFailed, UserError
-from internjax.interrupts import comes_from_interrupt, keep_interrupts
+from internjax.interrupts import keep_interrupts
 from internjax.version import __version__
 
 EXPERIMENTS, CONFIGS = "internjax.experiments", "internjax.configs"
@@ -95,9 +95,7 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         _say(f"error: {_one_line(error)}")
         return 1 if isinstance(error, GateFailed) else 2
-    except (KeyboardInterrupt, ImportError) as error:
-        if not comes_from_interrupt(error):
-            raise
+    except KeyboardInterrupt:
         _say("stopped: interrupted from the keyboard; finished artefacts are kept.")
         return 130
     except (BrokenPipeError, SystemExit) as error:

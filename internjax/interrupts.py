@@ -1,36 +1,46 @@
-"""Ctrl-C that is not lost.
+"""Ctrl-C that is neither lost nor taken for a bug.
 
 Where no exception can leave (a garbage collector's callback, a finalizer), Python reports a
-`KeyboardInterrupt` and goes on; an extension that is being imported turns it into an `ImportError`.
+`KeyboardInterrupt` and goes on; an extension that is being imported turns it into an `ImportError`
+or aborts the process. In both cases the interrupt comes again a moment later.
 """
 
 import signal
 import sys
 import threading
+from types import FrameType
 
-AGAIN_SECONDS = 0.05  # by then the callback is over
+AGAIN_SECONDS = 0.05
+IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def keep_interrupts() -> None:
-    """Raises an interrupt again that Python could only report; to be called once, in `main`."""
+    """To be called once, in `main`; changes nothing where interrupts are ignored (nohup)."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
     report = sys.unraisablehook
 
     def hook(unraisable) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            main = threading.main_thread().ident
-            threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT)).start()
+            _again()
         else:
             report(unraisable)
 
     sys.unraisablehook = hook
+    signal.signal(signal.SIGINT, _interrupt)
 
 
-def comes_from_interrupt(error: BaseException | None) -> bool:
-    """Whether an error was raised because of a Ctrl-C: one of those behind it is an interrupt."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises `KeyboardInterrupt`, after the import that is under way."""
+    at = frame
+    while at is not None:
+        if at.f_code.co_filename == IMPORTING:
+            _again()
+            return
+        at = at.f_back
+    raise KeyboardInterrupt
+
+
+def _again() -> None:
+    main = threading.main_thread().ident
+    threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT)).start()

@@ -433,3 +433,12 @@ def test_what_writing_refuses(change, complaint):
     args |= {"pool": (jnp.ones((4, 2, 16)),) * 2, "places": jnp.ones((1, 2), jnp.int32)}
     with pytest.raises(ValueError, match=complaint):
         rope_write.__wrapped__(**args | change)
+
+
+def test_kernels_of_older_code_are_told_and_not_used(tmp_path, caplog):
+    """An editable install after a git pull: the library is there, a symbol in it is not."""
+    import _ctypes
+
+    (tmp_path / "_native.so").symlink_to(_ctypes.__file__)
+    assert library.library(tmp_path) is None
+    assert "built from older code" in caplog.text

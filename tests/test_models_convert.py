@@ -134,6 +134,12 @@ def test_a_folder_with_one_gguf_is_that_gguf(tmp_path):
         read_model(tmp_path / "m")
 
 
+def test_the_folder_around_a_model_is_told_where_the_model_is(tmp_path):
+    (tmp_path / "made" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"the model is the folder model/ in it; give .*/model\."):
+        detect(tmp_path / "made")
+
+
 def test_what_is_no_model_and_what_is_no_choice(tmp_path):
     with pytest.raises(Missing, match="no such file or folder"):
         convert(tmp_path / "none", tmp_path / "out")

@@ -42,6 +42,8 @@ def detect(path: str | Path) -> str:
         return "hf"
     if not path.exists():
         raise Missing(f"{path}: no such file or folder.")
+    if (path / "model").is_dir():  # what `quantize` and `tune` write: the model and its card
+        raise UserError(f"{path}: the model is the folder model/ in it; give {path / 'model'}.")
     raise UserError(
         f"{path}: is no model; legal are a .gguf file, a folder with config.json (Hugging Face),"
         " one with model.json (ours), or the checkpoints of a pretraining."

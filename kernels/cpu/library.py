@@ -47,6 +47,9 @@ def library(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
     except OSError as error:  # built for another machine, or against another C++ library
         log.warning(_LOST, error)
         return None
+    if not all(hasattr(native, symbol) for symbol in _HANDLERS.values()):
+        log.warning(_LOST, "they were built from older code")  # git pull in an editable install
+        return None
     native.internjax_cpu_path.restype = ctypes.c_char_p
     if (path := native.internjax_cpu_path(b"")) is None:
         raise ValueError(f"INTERNJAX_CPU_PATH: this CPU runs {', '.join(_runnable(native))}.")
