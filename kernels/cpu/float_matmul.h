@@ -5,6 +5,10 @@
 
 constexpr int64_t kInputs = 256;  // of a piece: its 16 strips of float32 fit into a second cache
 
+// Inputs that are asked for ahead of their use; behind a strip's end those of the strip C further
+// on. 16 rows x SmolLM2's head in float32, one thread: 17.6 -> 15.1 ms against 2 KiB ahead.
+constexpr int64_t kAheadInputs = 128;
+
 template <FloatType T>
 INLINE Floats load_floats(const uint8_t* p) {
   if (T == FloatType::kFloat32) return load(reinterpret_cast<const float*>(p));
@@ -18,6 +22,7 @@ INLINE void float_tile(const FloatMatmul& m, int64_t strip, int64_t row) {
   constexpr int64_t size = kLanes * (T == FloatType::kFloat32 ? 4 : 2);
   const uint8_t* weight = m.strips + strip * m.depth * size;
   const float* x = m.x + row * m.depth;
+  const int64_t near = kAheadInputs * size, next = near + (C - 1) * m.depth * size;
   Floats out[R * C];
   for (int i = 0; i < R * C; ++i) out[i] = splat(0.0f);
   for (int64_t start = 0; start < m.depth; start += kInputs) {
@@ -26,11 +31,12 @@ INLINE void float_tile(const FloatMatmul& m, int64_t strip, int64_t row) {
 UNROLL
     for (int i = 0; i < R * C; ++i) dot[i] = splat(0.0f);
     for (int64_t k = start; k < end; ++k) {
+      const int64_t ahead = k + kAheadInputs < m.depth ? near : next;
       Floats w[C];
 UNROLL
       for (int c = 0; c < C; ++c) {
         const uint8_t* p = weight + (c * m.depth + k) * size;
-        __builtin_prefetch(p + kAhead);
+        __builtin_prefetch(p + ahead);
         w[c] = load_floats<T>(p);
       }
 UNROLL
