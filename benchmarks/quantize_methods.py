@@ -1,7 +1,7 @@
 """Perplexity and task scores of every method of `internjax quantize`, beside float32.
 
     .venv/bin/python benchmarks/quantize_methods.py MODEL [methods=rtn,awq] [group=64] [rows=32]
-        [sequences=32] [choices=false] [work=runs/quantize_methods]
+        [sequences=32] [choices=false] [steps=2000] [work=runs/quantize_methods]
 
 MODEL is a name, a path, or `trained`: a model of 1 million weights that `internjax pretrain` makes
 here first, of English books of the catalogue, and that was never quantized. Calibration reads
@@ -42,7 +42,7 @@ from internjax.serve.local import LocalLM
 from internjax.tree import size_bytes
 from internjax.weights import QuantWeight, plain
 
-METHODS = "rtn,awq,gptq,gptq-order,w8a8,fp8"
+METHODS = "rtn,awq,awq-clip,gptq,gptq-order,w8a8,fp8"
 LENGTH, BATCH = 256, 8
 ARCH = {
     "name": "trained-1m",
@@ -128,11 +128,11 @@ def _expands(w) -> bool:
 
 
 def config_of(method: str, group: int | None) -> QuantConfig:
-    """The method's settings; gptq-order is gptq with act_order."""
-    own = {"act_order": True} if method == "gptq-order" else {}
-    method = method.partition("-")[0]
+    """The method's settings; gptq-order is gptq with act_order, awq-clip awq with clip."""
+    method, _, more = method.partition("-")
     cfg = QuantConfig(method=method, group=None if method in ("w8a8", "fp8") else group)
-    return replace(cfg, gptq=replace(cfg.gptq, **own))
+    awq, gptq = replace(cfg.awq, clip=more == "clip"), replace(cfg.gptq, act_order=more == "order")
+    return replace(cfg, awq=awq, gptq=gptq)
 
 
 def main(args: list[str]) -> int:
@@ -143,7 +143,7 @@ def main(args: list[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     trained = name == "trained"
-    model = load(train(work, options.get("steps", "400")) if trained else name)
+    model = load(train(work, options.get("steps", "2000")) if trained else name)
     group = int(options["group"]) if options.get("group") else None
     rows = heldout_rows(model, name, int(options.get("rows", 32)))
     text = str(work / "books.jsonl") if trained else "raw-web:wiki_demo"
@@ -191,7 +191,7 @@ def show(found: list[dict], group: int | None) -> None:
             f" {x['top1']:.2%} {choices} {x['bytes'] / 1e6:.1f} MB {x['seconds']:.0f} s"
         )
     by = {x["method"]: x["perplexity"] for x in found}
-    for method in ("awq", "gptq", "gptq-order"):
+    for method in ("awq", "awq-clip", "gptq", "gptq-order"):
         if method in by and "rtn" in by:
             gap = by["rtn"] - exact
             closed = f"{1 - (by[method] - exact) / gap:.0%}" if gap > 1e-3 * exact else "(none)"

@@ -72,7 +72,24 @@ def servers(name: str, folder: Path, quick: bool) -> list[Server]:
 
 
 def client(server: Running, folder: Path, concurrency: int, requests: int, seed: int) -> dict:
-    """Runs `vllm bench serve` against a server; returns what it wrote down."""
+    """Runs `vllm bench serve` against a server; returns what it wrote down.
+
+    A peer that lost requests is asked once more, with other prompts, and that is said: llama.cpp's
+    server now and then closes a connection that the client is about to use again.
+    """
+    name = server.server.name
+    for again in range(1 if name.startswith(OURS) else 2):
+        found, said = _client(server, folder, concurrency, requests, seed + 50 * again)
+        wanted = requests * NEW
+        if found["completed"] == requests and found["total_output_tokens"] >= 0.98 * wanted:
+            return found
+        print(f"LOST {name} answered {found['completed']} of {requests} requests", flush=True)
+    sys.exit(f"{name} gave {found['total_output_tokens']} tokens of {wanted}:\n{said}")
+
+
+def _client(
+    server: Running, folder: Path, concurrency: int, requests: int, seed: int
+) -> tuple[dict, str]:
     words = ["bench", "serve", "--backend", "openai", "--endpoint", "/v1/completions"]
     words += ["--base-url", server.url, "--model", MODEL, "--tokenizer", folder / "hf"]
     words += ["--dataset-name", "random", "--random-input-len", PROMPT]
@@ -91,13 +108,7 @@ def client(server: Running, folder: Path, concurrency: int, requests: int, seed:
     )
     if done.returncode or not result.is_file():
         sys.exit(f"vllm bench serve failed against {server.server.name}:\n{done.stdout[-3000:]}")
-    found = json.loads(result.read_text())
-    if found["completed"] != requests or found["total_output_tokens"] < 0.98 * requests * NEW:
-        sys.exit(
-            f"{server.server.name} answered {found['completed']} of {requests} requests with"
-            f" {found['total_output_tokens']} tokens of {requests * NEW}:\n{done.stdout[-3000:]}"
-        )
-    return found
+    return json.loads(result.read_text()), done.stdout[-3000:]
 
 
 def measure(started: dict[str, Running], folder: Path, plan: Plan) -> Figures:

@@ -341,7 +341,10 @@ def test_key_size_queue_and_port(model):
         for stream in streams:
             stream.close()
         port = int(url.split(":")[2].split("/")[0])
-        with pytest.raises(UserError, match=rf":{port}.*port=0"), serving(model, port=port):
+        with (
+            pytest.raises(UserError, match=rf":{port}.*another port, 0"),
+            serving(model, port=port),
+        ):
             pass
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
         pass

@@ -1,8 +1,9 @@
 """AWQ: 4-bit integers that spare the channels whose activations are large (arXiv:2306.00978).
 
-Per set of projections with common inputs a scale of the channels is searched, then per group and
-output how far the ends of the grid may be pulled in. Both minimise the error of the projections'
-outputs, of which the inputs' Gram matrix tells all: |x (w - w')|^2 = tr((w - w')^T x^T x (w - w')).
+Per set of projections with common inputs a scale of the channels is searched, then, if asked for,
+per group and output how far the ends of the grid may be pulled in. Both minimise the error of the
+projections' outputs, of which the inputs' Gram matrix tells all: |x (w - w')|^2 =
+tr((w - w')^T x^T x (w - w')).
 """
 
 from collections.abc import Collection
@@ -31,11 +32,12 @@ class AwqConfig:
 
     Fields:
       steps: exponents tried for the scales, 0 to 1; 0 leaves the weights unscaled.
-      clip: whether the ends of the grids are searched, from 1 to 0.5 of the largest weight.
+      clip: whether the ends of the grids are searched, from 1 to 0.5 of the largest weight. Off,
+        against the paper: here it did harm as often as good, see docs/en/quantize.md.
     """
 
     steps: int = 20
-    clip: bool = True
+    clip: bool = False
 
     def __post_init__(self):
         if self.steps < 0:
