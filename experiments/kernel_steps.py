@@ -66,8 +66,10 @@ class Step:
         engine = EngineConfig(SLOTS, CONTEXT, "bfloat16")
         if self.prepared:
             params = prepare_params(params, engine, "bfloat16")
-        cache = init_cache(self.cfg, SLOTS, CONTEXT, "bfloat16")
-        return cache, unstack_layers(params), *jnp.zeros((2, SLOTS), jnp.int32)
+        columns = CONTEXT // engine.block  # a table, as the engine has them
+        cache = init_cache(self.cfg, SLOTS * columns, engine.block, "bfloat16")
+        table = jnp.zeros((SLOTS, columns), jnp.int32)
+        return cache, unstack_layers(params), *jnp.zeros((2, SLOTS), jnp.int32), table
 
 
 STEPS = {
@@ -95,9 +97,17 @@ def quantized(params: Params, cfg: ModelConfig) -> Params:
     return cast({**params, "layers": layers}, cfg.dtype)
 
 
-def run(cache, params: Params, tokens: jax.Array, start: jax.Array, *, cfg: ModelConfig):
+def run(
+    cache,
+    params: Params,
+    tokens: jax.Array,
+    start: jax.Array,
+    table: jax.Array,
+    *,
+    cfg: ModelConfig,
+):
     """Decodes one token a slot, but for the head, for which cuBLAS asks 4 MiB at any size."""
-    return decode(params, tokens[:, None], cache, start, cfg)
+    return decode(params, tokens[:, None], cache, start, cfg, table=table)
 
 
 def weight_sizes(args: tuple) -> set[int]:
