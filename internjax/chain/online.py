@@ -45,7 +45,7 @@ class LoadConfig:
     streams: int = 16
     max_tokens: int = 48
     least_in_flight: int = 8
-    least_speedup: float = 3.0
+    least_speedup: float = 1.5
 
 
 @dataclass(frozen=True)
