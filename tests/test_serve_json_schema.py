@@ -9,7 +9,7 @@ import json
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from internjax.errors import UserError
 from internjax.models.lm import SamplingParams
@@ -301,6 +301,7 @@ def test_any_text_is_a_string(text):
 
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4), st.text(max_size=6))
 @settings(max_examples=30, deadline=None)
+@example(["\x7f", "a\x1f"], "\x7f")
 def test_choices_are_themselves_and_nothing_else(options, other):
     assert all(follows({"choice": options}, option) for option in options)
     assert follows({"choice": options}, other) == (other in options)

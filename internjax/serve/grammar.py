@@ -107,7 +107,8 @@ def compile_grammar(canonical: str) -> str:
         compiled = matcher.grammar_from_regex(value)
     elif kind == "choice":
         options = " | ".join(json.dumps(option, ensure_ascii=False) for option in value)
-        compiled = matcher.grammar_from_lark(f"start: {options}")
+        # JSON leaves DEL as it is; Lark's strings do not hold it.
+        compiled = matcher.grammar_from_lark(f"start: {options}".replace("\x7f", "\\u007f"))
     else:
         compiled = matcher.grammar_from_lark(value)
     problem = matcher.validate_grammar(compiled)
